@@ -1,0 +1,46 @@
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test slow-test check fix ui clean bench
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv "$(VENV)" || python3 -m venv "$(VENV)"
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch "$(STAMP)"
+
+demo: setup
+	"$(BIN)/jetway" run digits
+
+test: setup
+	"$(BIN)/python" -m pytest -m "not serial and not slow and not gpu and not device"
+	"$(BIN)/python" -m pytest -m "serial and not slow and not gpu and not device"
+
+slow-test: setup
+	"$(BIN)/python" -m pytest -m slow
+
+# mypy looks the packages up through a link, because their import names start with "jetway."
+check: setup
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	mkdir -p "$(VENV)/typing" && ln -sfn ../.. "$(VENV)/typing/jetway"
+	MYPYPATH="$(VENV)/typing" "$(BIN)/mypy" -p jetway.configs -p jetway.data -p jetway.flows -p jetway.tasks
+	"$(BIN)/vermin" --quiet --no-tips --violations --target=3.6- tasks/on_device
+
+fix: setup
+	"$(BIN)/ruff" check --fix .
+	"$(BIN)/ruff" format .
+
+ui: setup
+	"$(BIN)/jetway" ui
+
+bench: setup
+	"$(BIN)/python" tests/benchmarks/upload.py
+
+clean:
+	if [ -x "$(BIN)/jetway" ]; then "$(BIN)/jetway" stop; fi
+	rm -rf "$(VENV)" .jetway .mypy_cache .pytest_cache .ruff_cache build *.egg-info

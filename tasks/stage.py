@@ -1,0 +1,132 @@
+"""What every host stage shares: its context, its key, and the reuse of a result by content."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from jetway.configs.schema import Section
+from jetway.tasks.artifacts import Handle, StageOutput, json_sha256
+from jetway.tasks.store import Store, jetway_home
+from jetway.tasks.workload import Workload
+
+logger = logging.getLogger("jetway")
+
+
+class Progress(Protocol):
+    """Called as work goes on; ``done`` of ``total`` steps of a stage, and a word on the current one."""
+
+    def __call__(self, stage: str, done: float, total: float, text: str = "") -> None: ...
+
+
+def no_progress(stage: str, done: float, total: float, text: str = "") -> None:
+    pass
+
+
+class StageIndex(Protocol):
+    """Finished stages by key, shared by all workers. ``find`` also brings the files into the store."""
+
+    def find(self, key: str) -> StageOutput | None: ...
+
+    def record(self, key: str, stage: str, output: StageOutput, seconds: float) -> None: ...
+
+
+class StageContext:
+    """What a stage may use besides its handles and its section.
+
+    A plain class on purpose: Prefect walks into dataclasses and models that it is given, and must not here.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        store: Store,
+        *,
+        workload_digest: str = "",
+        seed: int = 0,
+        threads: int | None = None,
+        index: StageIndex | None = None,
+        progress: Progress = no_progress,
+        work_dir: Path | None = None,
+    ) -> None:
+        self.workload = workload
+        self.store = store
+        self.workload_digest = workload_digest
+        self.seed = seed
+        self.threads = threads or os.cpu_count() or 1
+        self.index = index
+        self.progress = progress
+        #: Folder for what a stage needs to resume after a kill; it outlives the process, not the stage.
+        self.work_dir = work_dir or jetway_home() / "work" / "unkeyed"
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        #: Stages as they finish, for the terminal and the JSON: (name, seconds, cached).
+        self.finished: list[tuple[str, float, bool]] = []
+
+    def for_stage(self, key: str) -> StageContext:
+        """The same context with a work folder of its own, named by the stage's key."""
+        other = StageContext.__new__(StageContext)
+        other.__dict__.update(self.__dict__, work_dir=jetway_home() / "work" / key[:32])
+        return other
+
+
+def stage_key(context: StageContext, stage: str, inputs: Sequence[Handle], section: Section) -> str:
+    """Key of a stage's result: what goes in, what is asked for, and nothing of where or when."""
+    return json_sha256(
+        {
+            "stage": stage,
+            "inputs": [handle.sha256 for handle in inputs],
+            "section": section.model_dump(mode="json"),
+            "workload": context.workload_digest,
+            "seed": context.seed,
+        }
+    )
+
+
+def run_stage(
+    context: StageContext,
+    stage: str,
+    produce: Callable[[StageContext], StageOutput],
+    *,
+    inputs: Sequence[Handle],
+    section: Section,
+) -> StageOutput:
+    """Returns the recorded result of the same stage on the same content, or runs it and records it."""
+    key = stage_key(context, stage, inputs, section)
+    started = time.monotonic()
+    found = context.index.find(key) if context.index else None
+    if found is not None:
+        logger.info("%s: unchanged, result %s reused", stage, found.handle.sha256[:12])
+        context.finished.append((stage, time.monotonic() - started, True))
+        return found
+    own = context.for_stage(key)
+    seed_everything(stage_seed(context.seed, stage))
+    torch.set_num_threads(context.threads)
+    output = produce(own)
+    seconds = time.monotonic() - started
+    if context.index:
+        context.index.record(key, stage, output, seconds)
+    shutil.rmtree(own.work_dir, ignore_errors=True)
+    context.finished.append((stage, seconds, False))
+    logger.info("%s: done in %.1f s", stage, seconds)
+    return output
+
+
+def stage_seed(seed: int, stage: str) -> int:
+    """A seed of its own for each stage, so that a stage gives the same result whatever ran before it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{stage}".encode()).digest()[:4], "big")
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

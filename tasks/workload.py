@@ -1,0 +1,220 @@
+"""What a user brings: one class with the network, its data, its loss and its metrics.
+
+A recipe names it by import path, ``my_package.my_module:MyWorkload``; the keys of ``workload.options`` are
+its constructor's keyword arguments. Jetway adds nothing to the network and never pickles it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from jetway.configs.schema import WorkloadConfig
+from jetway.tasks.artifacts import json_sha256
+from jetway.tasks.errors import ConfigError, WorkloadError
+from jetway.tasks.metrics import Metric
+
+Inputs = dict[str, Tensor]
+Outputs = dict[str, Tensor]
+Record = dict[str, Any]
+# One sample of a data set: the named inputs without their batch dimension, and the target.
+Sample = tuple[Inputs, Any]
+
+
+class Workload(ABC):
+    """Base class of a user's workload.
+
+    Inputs are named, of any number and dtype; the network is called with them by position, in the order of
+    ``example_inputs``. Its outputs (a tensor, a tuple or a dict) take the names in ``output_names``.
+    The first of ``metrics`` is the one that stages choose by: early stop, the best epoch, the accuracy drop.
+    """
+
+    output_names: tuple[str, ...] = ("output",)
+    metrics: tuple[Metric, ...] = (Metric(name="top1"),)
+
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """A fresh, untrained network. The weights come from a checkpoint or from training."""
+
+    @abstractmethod
+    def example_inputs(self) -> Inputs:
+        """Named inputs of one call, batch dimension first, with the shapes and dtypes of deployment."""
+
+    @abstractmethod
+    def train_data(self) -> Dataset[Sample]:
+        """Map-style data set of ``(inputs, target)``, augmented as training wants it."""
+
+    @abstractmethod
+    def calibration_data(self) -> Dataset[Sample]:
+        """Samples that set the ranges of quantization. Never samples of the evaluation data."""
+
+    @abstractmethod
+    def evaluation_data(self) -> Dataset[Sample]:
+        """Samples that the metrics are measured on, on the host and on the target."""
+
+    @abstractmethod
+    def loss(self, outputs: Outputs, target: Any) -> Tensor:
+        """Scalar loss of a batch; ``target`` is the collated target."""
+
+    def qat_data(self) -> Dataset[Sample]:
+        """Training data for QAT; override it to use weaker augmentation."""
+        return self.train_data()
+
+    def score_sample(self, outputs: Mapping[str, np.ndarray[Any, Any]], target: Any) -> Record:
+        """What one sample adds to the metrics; ``outputs`` are without batch dimension.
+
+        The record is JSON and is kept for paired tests. The default serves classification: ``top1``
+        is 1.0 when the largest value of the first output is the target's.
+        """
+        return {"top1": float(int(np.argmax(outputs[self.output_names[0]])) == int(target))}
+
+    def summarize(self, records: Sequence[Record]) -> dict[str, float]:
+        """Metric values of many samples. The default is the mean of each metric's records."""
+        return {
+            metric.name: float(np.mean([record[metric.name] for record in records]))
+            for metric in self.metrics
+        }
+
+    def collate(self, samples: list[Sample]) -> tuple[Inputs, Any]:
+        """Batches samples; override it for ragged inputs or targets."""
+        inputs, target = default_collate(samples)
+        return inputs, target
+
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(self.example_inputs())
+
+    @property
+    def primary_metric(self) -> Metric:
+        return self.metrics[0]
+
+
+def call_network(network: nn.Module, inputs: Inputs, output_names: Sequence[str]) -> Outputs:
+    """Calls the network with named inputs and names what it returns. Raises WorkloadError on a mismatch."""
+    returned = network(*inputs.values())
+    if isinstance(returned, dict):
+        values = [returned.get(name) for name in output_names]
+    else:
+        values = [returned] if isinstance(returned, Tensor) else list(returned)
+    if len(values) != len(output_names) or not all(isinstance(value, Tensor) for value in values):
+        raise WorkloadError(
+            f"The network returned {_describe(returned)}, but output_names is {list(output_names)}. "
+            "Set output_names of the workload to one name a tensor that forward returns."
+        )
+    return dict(zip(output_names, values, strict=True))
+
+
+def check_workload(workload: Workload) -> None:
+    """Runs the untrained network once on the example inputs. Raises WorkloadError with what is wrong."""
+    try:
+        network = workload.network().eval()
+        inputs = workload.example_inputs()
+        with torch.no_grad():
+            call_network(network, inputs, workload.output_names)
+    except WorkloadError:
+        raise
+    except Exception as exc:
+        shapes = {name: tuple(t.shape) for name, t in locals().get("inputs", {}).items()}
+        raise WorkloadError(
+            f"{type(workload).__qualname__}: its network fails on its own example_inputs {shapes}: "
+            f"{type(exc).__name__}: {exc}. Make network()(*example_inputs().values()) work, then run again."
+        ) from exc
+
+
+def load_workload(config: WorkloadConfig, *, search_path: Sequence[Path] = ()) -> Workload:
+    """Imports and constructs the workload of a recipe.
+
+    ``search_path`` are folders to look in before the installed packages (the recipe's and the current one).
+    Raises ConfigError when it cannot be imported or constructed.
+    """
+    with_path(search_path)
+    module_name, _, class_name = config.class_path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as exc:
+        raise ConfigError(
+            f"workload.class_path: cannot import {module_name!r} ({exc}). Looked in "
+            f"{', '.join(str(p) for p in search_path) or 'the installed packages'}. "
+            "Run jetway from the folder that holds the package, or install it."
+        ) from exc
+    workload_class = getattr(module, class_name, None)
+    if not (inspect.isclass(workload_class) and issubclass(workload_class, Workload)):
+        raise ConfigError(
+            f"workload.class_path: {module_name} has no class {class_name!r} that derives from "
+            "jetway.tasks.workload.Workload."
+        )
+    try:
+        workload: Workload = workload_class(**config.options)
+    except TypeError as exc:
+        raise ConfigError(
+            f"workload.options: {class_name}{inspect.signature(workload_class)} does not take "
+            f"{sorted(config.options)}: {exc}"
+        ) from exc
+    return workload
+
+
+def with_path(search_path: Sequence[Path]) -> None:
+    for folder in reversed(search_path):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+
+
+def workload_digest(workload: Workload, config: WorkloadConfig) -> str:
+    """Digest of what a stage's result depends on: the class, its source file, its options, its revision."""
+    source = Path(inspect.getfile(type(workload))).read_bytes()
+    return json_sha256(
+        {
+            "class_path": config.class_path,
+            "source": hashlib.sha256(source).hexdigest(),
+            "options": json.loads(json.dumps(config.options, default=str)),
+            "revision": config.revision,
+        }
+    )
+
+
+def batches(
+    workload: Workload, data: Dataset[Sample], batch_size: int, *, limit: int | None = None
+) -> Iterator[tuple[Inputs, Any]]:
+    """Batches of a data set in its own order, ``limit`` samples at most."""
+    count = len(data) if limit is None else min(limit, len(data))  # type: ignore[arg-type]
+    for start in range(0, count, batch_size):
+        yield workload.collate([data[i] for i in range(start, min(start + batch_size, count))])
+
+
+def evaluate_network(
+    workload: Workload, network: nn.Module, *, batch_size: int = 64, device: str = "cpu"
+) -> list[Record]:
+    """Per-sample records of the evaluation data, scored by the workload's own metric code."""
+    network.eval()
+    data = workload.evaluation_data()
+    records: list[Record] = []
+    with torch.no_grad():
+        for start in range(0, len(data), batch_size):  # type: ignore[arg-type]
+            samples = [data[i] for i in range(start, min(start + batch_size, len(data)))]  # type: ignore[arg-type]
+            inputs = {name: t.to(device) for name, t in workload.collate(samples)[0].items()}
+            outputs = call_network(network, inputs, workload.output_names)
+            arrays = {name: t.float().cpu().numpy() for name, t in outputs.items()}
+            records += [
+                workload.score_sample({name: a[i] for name, a in arrays.items()}, samples[i][1])
+                for i in range(len(samples))
+            ]
+    return records
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, dict):
+        return f"a dict with {sorted(value)}"
+    return f"a {type(value).__name__}"
