@@ -1,0 +1,39 @@
+"""The one error that on-device code raises on purpose; the host turns ``kind`` into a class of its own tree."""
+
+from typing import Dict
+
+BAD_REQUEST = "bad_request"  # the request lacks a key or names a file that is not there
+MISMATCH = "mismatch"  # the engine is absent or too old, or the file was built elsewhere
+BUILD_FAILED = "build_failed"  # ``cause`` says why: out_of_memory, unsupported_operator, disk_full, unknown
+BUSY = "busy"  # another job holds the accelerator
+DISK_FULL = "disk_full"
+OUT_OF_MEMORY = "out_of_memory"
+TIMEOUT = "timeout"
+ORPHANED = "orphaned"  # the host fell silent
+CANCELLED = "cancelled"  # the host asked the job to stop
+FAILED = "failed"  # anything else; the message says what
+
+KINDS = (
+    BAD_REQUEST,
+    MISMATCH,
+    BUILD_FAILED,
+    BUSY,
+    DISK_FULL,
+    OUT_OF_MEMORY,
+    TIMEOUT,
+    ORPHANED,
+    CANCELLED,
+    FAILED,
+)
+
+
+class DeviceError(Exception):
+    """Message first: what, where, what to do next. ``kind`` is one of ``KINDS``; ``cause`` is for builds."""
+
+    def __init__(self, message: str, kind: str = FAILED, cause: str = "unknown") -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.cause = cause
+
+    def to_json(self) -> Dict[str, str]:
+        return {"message": str(self), "kind": self.kind, "cause": self.cause}
