@@ -1,0 +1,159 @@
+"""The ``jetway`` command. Heavy imports wait until the recipe is known to be good."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jetway.configs.load import load_recipe, load_target
+from jetway.tasks.errors import JetwayError
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; errors of ours print their message, never a traceback."""
+    options = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return int(options.command(options))
+    except JetwayError as exc:
+        print(f"jetway: {exc}", file=sys.stderr)
+        return exc.exit_code
+    except KeyboardInterrupt:
+        print("jetway: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def run(options: argparse.Namespace) -> int:
+    recipe, path = load_recipe(options.recipe, options.set)
+    for name in options.target or recipe.targets:
+        load_target(name, near=path)
+    from jetway.flows.run import run_deploy
+
+    return run_deploy(options.recipe, options.target or None, options.set, as_json=options.json)
+
+
+def check(options: argparse.Namespace) -> int:
+    recipe, path = load_recipe(options.recipe, options.set)
+    targets = [load_target(name, near=path) for name in options.target or recipe.targets]
+    from jetway.flows.check import check_recipe
+
+    check_recipe(recipe, path, targets)
+    print(f"{path}: fits {', '.join(target.name for target in targets)}")
+    return 0
+
+
+def probe(options: argparse.Namespace) -> int:
+    target = load_target(options.target)
+    from jetway.flows.check import probe_summary
+
+    return probe_summary(target, as_json=options.json)
+
+
+def show(options: argparse.Namespace) -> int:
+    from jetway.flows.show import show_run
+
+    return show_run(options.run, as_json=options.json)
+
+
+def trust(options: argparse.Namespace) -> int:
+    target = load_target(options.target)
+    from jetway.flows.check import trust_target
+
+    return trust_target(target, assume_yes=options.yes)
+
+
+def ui(options: argparse.Namespace) -> int:
+    from jetway.flows.server import start_ui
+
+    start_ui()
+    return 0
+
+
+def stop(options: argparse.Namespace) -> int:
+    from jetway.flows.server import stop_server
+
+    stop_server()
+    return 0
+
+
+def clean(options: argparse.Namespace) -> int:
+    from jetway.flows.clean import clean as clean_store
+
+    print(clean_store(options.keep))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
+        prog="jetway",
+        description="Prune, quantize and deploy PyTorch networks to edge devices over SSH, and measure them there.",
+        epilog="Exit codes: 0 passed its gates, 1 gate missed, 2 bad config or usage, 3 target, 4 stage failed, "
+        "5 measurement invalid or evidence too thin, 6 tracking, 130 interrupted.",
+    )
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
+    command = _adder(commands)
+
+    sub = command("run", run, "deploy a recipe and print the stage table")
+    _recipe_arguments(sub)
+    _json_argument(sub)
+    sub = command("check", check, "validate a recipe against its targets, without training anything")
+    _recipe_arguments(sub)
+    sub = command("probe", probe, "print what a target is and can do")
+    sub.add_argument("target", help="name of a target, or its YAML file")
+    _json_argument(sub)
+    sub = command("show", show, "print the stage table of a finished run")
+    sub.add_argument("run", help="MLflow run id or the start of one, or 'last'")
+    _json_argument(sub)
+    sub = command("trust", trust, "show a target's host key and record it")
+    sub.add_argument("target", help="name of a target, or its YAML file")
+    sub.add_argument("--yes", action="store_true", help="record without asking; compare the fingerprint elsewhere")
+    command("ui", ui, "open the MLflow and Prefect pages of this machine, until Ctrl-C")
+    command("stop", stop, "stop the local Prefect server")
+    sub = command("clean", clean, "free the store, keeping what the newest runs need")
+    sub.add_argument("--keep", type=_positive, required=True, metavar="N", help="newest runs to keep whole")
+    return root
+
+
+def _adder(commands: Any) -> Any:
+    def add(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        sub.set_defaults(command=function)
+        return sub
+
+    return add
+
+
+def _recipe_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("recipe", help="name of a recipe, or its YAML file")
+    sub.add_argument("--target", action="append", metavar="NAME", help="instead of the recipe's; may be repeated")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: --set qat.epochs=3"
+    )
+
+
+def _json_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

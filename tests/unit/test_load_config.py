@@ -1,0 +1,120 @@
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jetway.configs.load import apply_override, load_recipe, load_target, parse_yaml, validate
+from jetway.configs.schema import Recipe
+from jetway.tasks.errors import ConfigError
+
+MINIMAL = {
+    "name": "mine",
+    "workload": {"class_path": "my_package.my_module:Mine"},
+    "variants": ["baseline-fp32"],
+}
+
+
+def write(tmp_path, **changes):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, **changes}))
+    return str(path)
+
+
+def test_minimal_recipe_takes_defaults(tmp_path):
+    recipe, path = load_recipe(write(tmp_path))
+    assert recipe.prune.round_to == 8
+    assert path == tmp_path / "recipe.yaml"
+
+
+def test_override_reaches_a_nested_key(tmp_path):
+    recipe, _ = load_recipe(write(tmp_path), ["qat.epochs=7", "prune.ignored_layers=[head, 'stem.*']"])
+    assert recipe.qat.epochs == 7
+    assert recipe.prune.ignored_layers == ("head", "stem.*")
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "fragments"),
+    [
+        ({"qatt": {}}, [], ["recipe.yaml", "qatt", "Did you mean 'qat'?"]),
+        ({"qat": {"epoch": 3}}, [], ["qat.epoch: unknown key", "Did you mean 'epochs'?", "learning_rate"]),
+        ({"qat": {"epochs": "many"}}, [], ["qat.epochs", "'many'", "QAT epochs"]),
+        ({"prune": {"pruning_ratio": 1.0}}, [], ["prune.pruning_ratio", "1.0", "less than 1"]),
+        ({"prune": {"importance": "l3"}}, [], ["prune.importance", "'l3'", "'l1'", "'taylor'"]),
+        ({"variants": ["baseline-fp32", "pruned-int4"]}, [], ["variants.1", "pruned-int4", "pruned-int8-qat"]),
+        ({"variants": ["pruned-fp32"]}, [], ["variants", "baseline-fp32"]),
+        ({"gates": ["top1 > 0.9"]}, [], ["gates.0", "top1 > 0.9", "<= 0.01"]),
+        ({"workload": {}}, [], ["workload.class_path: missing", "my_package.my_module:MyWorkload"]),
+        ({"name": "x; rm -rf /"}, [], ["name", "rm -rf"]),
+        ({}, ["qat.epochz=3"], ["qat.epochz", "Did you mean 'epochs'?"]),
+        ({}, ["qat.epochs"], ["key=value"]),
+        ({}, ["name.first=3"], ["'mine'", "no keys below"]),
+        ({}, ["qat.epochs=[3"], ["--set", "not valid YAML"]),
+        (
+            {"variants": ["baseline-fp32", "pruned-int8-ptq"], "export": {"opset": 11}},
+            [],
+            ["export.opset is 11", "13 or more"],
+        ),
+    ],
+)
+def test_bad_recipe_says_file_key_value_and_fix(tmp_path, changes, overrides, fragments):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(tmp_path, **changes), overrides)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_unknown_recipe_name_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"Did you mean 'digits'\?"):
+        load_recipe("digit")
+
+
+def test_unknown_target_name_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="loopback"):
+        load_target("lopback")
+
+
+@pytest.mark.parametrize("text", ["a: 1\na: 2\n", "a: &x 1\nb: *x\n", "a: [", "\t", "? {}\n: 1\n", "a: 0o9"])
+def test_doubtful_yaml_is_refused_or_read(text):
+    try:
+        parse_yaml(text, "recipe.yaml")
+    except ConfigError as exc:
+        assert "recipe.yaml" in str(exc)
+
+
+def test_doubled_key_is_refused():
+    with pytest.raises(ConfigError, match="'a' stands there twice"):
+        parse_yaml("a: 1\na: 2\n", "recipe.yaml")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
+    max_leaves=8,
+)
+KEYS = st.sampled_from([*Recipe.model_fields, "nonsense"])
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(KEYS, JSON, max_size=4))
+def test_any_values_give_a_recipe_or_a_config_error(changes):
+    try:
+        validate(Recipe, {**MINIMAL, **changes}, source="fuzzed.yaml")
+    except ConfigError as exc:
+        assert "fuzzed.yaml" in str(exc)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=60))
+def test_any_text_gives_a_value_or_a_config_error(text):
+    try:
+        parse_yaml(text, "fuzzed.yaml")
+    except ConfigError as exc:
+        assert "fuzzed.yaml" in str(exc)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=40))
+def test_any_override_gives_values_or_a_config_error(override):
+    try:
+        apply_override(dict(MINIMAL), override)
+    except ConfigError as exc:
+        assert "--set" in str(exc)
