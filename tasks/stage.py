@@ -8,7 +8,9 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -41,6 +43,20 @@ class StageIndex(Protocol):
     def record(self, key: str, stage: str, output: StageOutput, seconds: float) -> None: ...
 
 
+@dataclass(frozen=True)
+class FinishedStage:
+    """A stage that ended, on this process's monotonic clock."""
+
+    name: str
+    started_s: float
+    ended_s: float
+    cached: bool
+
+    @property
+    def seconds(self) -> float:
+        return self.ended_s - self.started_s
+
+
 class StageContext:
     """What a stage may use besides its handles and its section.
 
@@ -69,14 +85,24 @@ class StageContext:
         #: Folder for what a stage needs to resume after a kill; it outlives the process, not the stage.
         self.work_dir = work_dir or jetway_home() / "work" / "unkeyed"
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        #: Stages as they finish, for the terminal and the JSON: (name, seconds, cached).
-        self.finished: list[tuple[str, float, bool]] = []
+        #: Stages in the order in which they finished, for the terminal and the JSON.
+        self.finished: list[FinishedStage] = []
 
     def for_stage(self, key: str) -> StageContext:
         """The same context with a work folder of its own, named by the stage's key."""
         other = StageContext.__new__(StageContext)
         other.__dict__.update(self.__dict__, work_dir=jetway_home() / "work" / key[:32])
         return other
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Counts the block as a stage of its own; for what is never reused, such as measurements."""
+        started = time.monotonic()
+        yield
+        self.finish(stage, started, cached=False)
+
+    def finish(self, stage: str, started_s: float, *, cached: bool) -> None:
+        self.finished.append(FinishedStage(stage, started_s, time.monotonic(), cached))
 
 
 def stage_key(context: StageContext, stage: str, inputs: Sequence[Handle], section: Section) -> str:
@@ -106,7 +132,7 @@ def run_stage(
     found = context.index.find(key) if context.index else None
     if found is not None:
         logger.info("%s: unchanged, result %s reused", stage, found.handle.sha256[:12])
-        context.finished.append((stage, time.monotonic() - started, True))
+        context.finish(stage, started, cached=True)
         return found
     own = context.for_stage(key)
     seed_everything(stage_seed(context.seed, stage))
@@ -116,7 +142,7 @@ def run_stage(
     if context.index:
         context.index.record(key, stage, output, seconds)
     shutil.rmtree(own.work_dir, ignore_errors=True)
-    context.finished.append((stage, seconds, False))
+    context.finish(stage, started, cached=False)
     logger.info("%s: done in %.1f s", stage, seconds)
     return output
 
