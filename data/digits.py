@@ -39,7 +39,7 @@ class Digits(Dataset[tuple[dict[str, Tensor], int]]):
         chosen = split_indices(labels)[split]
         pixels = torch.from_numpy(images[chosen]).float().reshape(-1, 1, 8, 8) / 16
         scaled = functional.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
-        self.images = (scaled - 0.305) / 0.376
+        self.images = (scaled - 0.305) / 0.324
         self.labels = labels[chosen]
         self.augmentation = augmentation
 
