@@ -10,4 +10,8 @@ The host packs this folder into one zipapp, as ``jetway/tasks/on_device`` with t
 It takes a JSON request, hands JSON lines to ``progress`` as it goes (``{"done": 3, "total": 10, "text": ""}``
 and whatever else the stage on the host wants), returns a JSON result, and raises ``errors.DeviceError``
 for what it expects to fail. It may print what it likes: stdout and stderr go to the job's log.
+
+The request also holds ``work_dir``, the absolute path of the target's work folder. The current folder of a
+job is its own and is removed with it, so scratch files belong there. Blobs whose paths are in a request were
+checked against their digests before ``run``.
 """

@@ -1,10 +1,11 @@
-"""The one error that on-device code raises on purpose; the host turns ``kind`` into a class of its own tree."""
+"""The one error that on-device code raises on purpose. The host turns its kind into an error of its own."""
 
 from typing import Dict
 
 BAD_REQUEST = "bad_request"  # the request lacks a key or names a file that is not there
 MISMATCH = "mismatch"  # the engine is absent or too old, or the file was built elsewhere
 BUILD_FAILED = "build_failed"  # ``cause`` says why: out_of_memory, unsupported_operator, disk_full, unknown
+CORRUPT = "corrupt"  # a blob does not match its digest
 BUSY = "busy"  # another job holds the accelerator
 DISK_FULL = "disk_full"
 OUT_OF_MEMORY = "out_of_memory"
@@ -17,6 +18,7 @@ KINDS = (
     BAD_REQUEST,
     MISMATCH,
     BUILD_FAILED,
+    CORRUPT,
     BUSY,
     DISK_FULL,
     OUT_OF_MEMORY,
