@@ -1,0 +1,122 @@
+"""What a run measured: one frozen row a variant and target, as the table, the gates and MLflow read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from jetway.tasks.artifacts import SCHEMA_VERSION
+from jetway.tasks.metrics import Metric
+
+Interval = tuple[float, float]
+
+#: Names that every variant may have, besides the workload's own metrics.
+MEASURED_METRICS = (
+    "params",
+    "macs",
+    "size_bytes",
+    "latency_ms_p50",
+    "latency_ms_p90",
+    "latency_ms_p95",
+    "latency_ms_p99",
+    "latency_ms_mean",
+    "latency_ms_stdev",
+    "throughput_samples_per_s",
+    "peak_memory_mib",
+    "build_s",
+    "integer_macs_ratio",
+)
+#: Ratios to baseline-fp32 on the same target, and the metric that each divides.
+RATIO_METRICS = {
+    "params_ratio": "params",
+    "macs_ratio": "macs",
+    "size_ratio": "size_bytes",
+    "latency_p50_ratio": "latency_ms_p50",
+}
+#: Prefixes of what a benchmark session measures; an invalid session says nothing about these.
+TIMING_PREFIXES = ("latency_", "throughput_")
+
+
+class Verdict(StrEnum):
+    PASS = "PASS"
+    FAIL = "FAIL"
+    UNKNOWN = "UNKNOWN"
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Validity(_Value):
+    """Whether a measurement supports the statements made of it, and if not, why."""
+
+    valid: bool = True
+    reasons: tuple[str, ...] = ()
+
+
+class GateVerdict(_Value):
+    """One gate applied to one row. UNKNOWN: the evidence does not decide."""
+
+    name: str
+    metric: str
+    limit: float
+    value: float | None
+    interval: Interval | None = None
+    verdict: Verdict
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict is Verdict.PASS
+
+
+class VariantResult(_Value):
+    """One row of the stage table. A metric that was not measured is absent or ``None``, never a guess."""
+
+    variant: str
+    target: str
+    precision: str
+    engine: str
+    board: str = Field(description="The machine, named as its probe names it.")
+    metrics: dict[str, float | None] = Field(default_factory=dict)
+    intervals: dict[str, Interval] = Field(
+        default_factory=dict, description="95 % intervals (low, high) by metric name."
+    )
+    validity: Validity = Validity()
+    gates: tuple[GateVerdict, ...] = ()
+
+    def value(self, metric: str) -> float | None:
+        return self.metrics.get(metric)
+
+    def measured(self) -> dict[str, float]:
+        """The metrics that have a value, as MLflow logs them."""
+        return {name: value for name, value in self.metrics.items() if value is not None}
+
+
+def drop_name(metric: Metric) -> str:
+    """Name of what a metric lost against the baseline; above 0 is worse, whatever its direction."""
+    return f"{metric.name}_drop"
+
+
+def metric_names(metrics: Sequence[Metric]) -> tuple[str, ...]:
+    """Every metric name that a row of a workload with these metrics can have."""
+    own = [metric.name for metric in metrics]
+    drops = [drop_name(metric) for metric in metrics]
+    return (*MEASURED_METRICS, *own, *drops, *RATIO_METRICS)
+
+
+def dump_rows(rows: Sequence[VariantResult], metrics: Sequence[Metric]) -> dict[str, Any]:
+    """The rows and the workload's metrics as JSON."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "task_metrics": [metric.model_dump(mode="json") for metric in metrics],
+        "variants": [row.model_dump(mode="json") for row in rows],
+    }
+
+
+def load_rows(value: Any) -> tuple[list[VariantResult], list[Metric]]:
+    """What ``dump_rows`` wrote."""
+    rows = [VariantResult.model_validate(row) for row in value["variants"]]
+    return rows, [Metric.model_validate(metric) for metric in value["task_metrics"]]

@@ -1,0 +1,7 @@
+"""MLflow, whose only home this package is. ``tracker.Tracker`` is the way in."""
+
+import os
+
+# mlflow reads these while it is imported, and when it first calls a server.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
