@@ -1,0 +1,242 @@
+"""Verb ``benchmark``: all variants of a target and a canary in one process, in interleaved slices.
+
+A round gives every engine one slice, in an order shuffled anew. A slice begins with a short untimed re-warm,
+because the engine before has taken the caches. The canary is a small fixed network of our own, not one of the
+variants: it moves only when the machine does, so a variant that drifts cannot hide behind itself.
+Rounds are the unit of evidence: queries of one slice resemble each other, and the slices of a round share the
+machine's mood.
+"""
+
+import array
+import gc
+import os
+import random
+import time
+from typing import Any, Callable, Dict, List, Sequence
+
+from jetway.tasks.on_device import lease, machine, memory, passport, statistics, tensors
+from jetway.tasks.on_device.onnxruntime_engine import OnnxRuntimeSession
+
+CANARY = "canary"
+# Four rounds a third is the least that gives each third a median worth comparing.
+MIN_ROUNDS = 12
+# Share of a slice's length that is spent untimed after each switch.
+REWARM_RATIO = 0.1
+# Going on adds a third of the planned rounds: a disturbance loses its weight, and a step in the second half
+# of the planned session still lies behind the first third after three extensions.
+EXTENSION_RATIO = 1.0 / 3.0
+# The canary alone may move this many times further than a variant may move against it.
+MACHINE_DRIFT_FACTOR = 2.0
+
+clock_ns = getattr(time, "perf_counter_ns", None) or (lambda: int(time.perf_counter() * 1e9))
+Progress = Callable[[Dict[str, Any]], None]
+
+
+class Entrant:
+    """An engine in the session, and its timed queries."""
+
+    def __init__(self, name: str, run: Callable[[], Any]) -> None:
+        self.name = name
+        self.run = run
+        self.latencies_ns = array.array("q")
+        self.rounds = array.array("i")
+        self.slice_medians_ns = []  # type: List[float]
+        self.timed_ns = 0
+
+    def warm_up(self, runs: int) -> None:
+        for _ in range(runs):
+            self.run()
+
+    def run_slice(self, round_index: int, slice_ns: int) -> None:
+        """One re-warm, then queries back to back until the slice is over; at least one of each."""
+        self._rewarm(clock_ns() + int(slice_ns * REWARM_RATIO))
+        first = len(self.latencies_ns)
+        run, record, now = self.run, self.latencies_ns.append, clock_ns
+        end_ns = now() + slice_ns
+        while True:
+            before = now()
+            run()
+            after = now()
+            record(after - before)
+            if after >= end_ns:
+                break
+        self._close_slice(round_index, first)
+
+    def _rewarm(self, end_ns: int) -> None:
+        self.run()
+        while clock_ns() < end_ns:
+            self.run()
+
+    def _close_slice(self, round_index: int, first: int) -> None:
+        added = self.latencies_ns[first:]
+        self.rounds.extend([round_index] * len(added))
+        self.slice_medians_ns.append(statistics.median(added))
+        self.timed_ns += sum(added)
+
+
+class Session:
+    """Rounds over all entrants, until each has its evidence and none drifts, or time is up."""
+
+    def __init__(self, entrants: Sequence[Entrant], request: Dict[str, Any], progress: Progress) -> None:
+        self.entrants = list(entrants)
+        self.variants = [entrant for entrant in entrants if entrant.name != CANARY]
+        self.canary = next(entrant for entrant in entrants if entrant.name == CANARY)
+        self.request = request
+        self.progress = progress
+        self.order = random.Random(request["seed"])
+        # Short sessions get shorter slices, not fewer rounds.
+        self.slice_s = min(request["slice_s"], request["min_duration_s"] / MIN_ROUNDS)
+        self.rounds = 0
+        self.planned_rounds = 0
+        self.extensions = 0
+        self.deadline_s = time.monotonic() + request["max_duration_s"]
+
+    def run(self) -> None:
+        for entrant in self.entrants:
+            entrant.warm_up(self.request["warmup_runs"])
+        while self._evidence() < 1.0 and not self.timed_out():
+            self._run_round(self._evidence())
+        self.planned_rounds = self.rounds
+        while self.drifting() and self.extensions < self.request["max_extensions"] and not self.timed_out():
+            self.extensions += 1
+            for _ in range(int(self.planned_rounds * EXTENSION_RATIO)):
+                self._run_round(1.0)
+
+    def _run_round(self, evidence: float) -> None:
+        text = "round {}".format(self.rounds + 1)
+        if self.extensions:
+            text += ", extension {}: {}".format(self.extensions, "; ".join(self.drifting()))
+        self.progress({"done": evidence, "total": 1.0, "text": text})
+        for entrant in self.order.sample(self.entrants, len(self.entrants)):
+            entrant.run_slice(self.rounds, int(self.slice_s * 1e9))
+        self.rounds += 1
+
+    def _evidence(self) -> float:
+        """Share of what was asked for that the slowest variant has; 1 when it is all there."""
+        shares = [self.rounds / MIN_ROUNDS]
+        for variant in self.variants:
+            shares.append(len(variant.latencies_ns) / self.request["min_queries"])
+            shares.append(variant.timed_ns / (self.request["min_duration_s"] * 1e9))
+        return min(1.0, min(shares))
+
+    def timed_out(self) -> bool:
+        return bool(time.monotonic() >= self.deadline_s)
+
+    def drift_ratio(self, entrant: Entrant) -> float:
+        """Of a variant, against the canary; of the canary, by itself."""
+        if entrant is self.canary:
+            return statistics.drift_ratio(entrant.slice_medians_ns)
+        relative = statistics.relative_medians(entrant.slice_medians_ns, self.canary.slice_medians_ns)
+        return statistics.drift_ratio(relative)
+
+    def drifting(self) -> List[str]:
+        """A sentence for each entrant that moved further than it may."""
+        limit = self.request["max_drift_ratio"]
+        found = []
+        for variant in self.variants:
+            drift = self.drift_ratio(variant)
+            if drift > limit:
+                found.append(
+                    "{} drifted by {:.1%} against the canary, first third to last (limit {:.1%})".format(
+                        variant.name, drift, limit
+                    )
+                )
+        machine_drift = self.drift_ratio(self.canary)
+        if machine_drift > limit * MACHINE_DRIFT_FACTOR:
+            found.append(
+                "the machine itself drifted: the canary by {:.1%}, first third to last (limit {:.1%})".format(
+                    machine_drift, limit * MACHINE_DRIFT_FACTOR
+                )
+            )
+        return found
+
+    def shortfalls(self) -> List[str]:
+        """A sentence for each variant that time did not suffice for."""
+        return [
+            "{} has {} of {} queries and {:.1f} of {:.1f} s after the longest session allowed".format(
+                variant.name,
+                len(variant.latencies_ns),
+                self.request["min_queries"],
+                variant.timed_ns / 1e9,
+                self.request["min_duration_s"],
+            )
+            for variant in self.variants
+            if len(variant.latencies_ns) < self.request["min_queries"]
+            or variant.timed_ns < self.request["min_duration_s"] * 1e9
+        ]
+
+
+def run(request: Dict[str, Any], progress: Progress) -> Dict[str, Any]:
+    """One session over ``engines`` and ``canary``.
+
+    Each of them has ``name``, ``path``, ``sha256`` and ``inputs`` (a path). Further keys: ``threads``,
+    ``warmup_runs``, ``min_queries``, ``min_duration_s``, ``slice_s``, ``max_drift_ratio``,
+    ``max_extensions``, ``max_duration_s``, ``seed``, ``work_dir``. Every engine is checked against its
+    passport before it is loaded. Returns the path of the samples (per engine: latencies in ns and the round
+    of each), peak memory and drift by engine, ``reasons`` why the session is not valid (none when it is), and
+    the machine before and after.
+    """
+    entries = request["engines"] + [dict(request["canary"], name=CANARY)]
+    for entry in entries:
+        passport.check(entry["path"], entry["sha256"])
+    progress({"done": 0.0, "total": 1.0, "text": "peak memory"})
+    peaks = {entry["name"]: memory.peak_of(entry, request["threads"]) for entry in request["engines"]}
+    session = Session([_load(entry, request["threads"]) for entry in entries], request, progress)
+    before = machine.snapshot()
+    _run_without_garbage_collection(session)
+    after = machine.snapshot()
+    return {
+        "samples": _write_samples(session, request["work_dir"]),
+        "memory": peaks,
+        "drift_ratios": {entrant.name: session.drift_ratio(entrant) for entrant in session.entrants},
+        "reasons": session.drifting() + session.shortfalls() + throttling(before, after),
+        "rounds": session.rounds,
+        "extensions": session.extensions,
+        "slice_s": session.slice_s,
+        "seed": request["seed"],
+        "machine_before": before,
+        "machine_after": after,
+        "boot_id": lease.boot_id(),
+    }
+
+
+def _load(entry: Dict[str, Any], threads: int) -> Entrant:
+    session = OnnxRuntimeSession(entry["path"], threads)
+    inputs = {name: array_.copy() for name, array_ in tensors.read_tensors(entry["inputs"]).items()}
+    session.run_checked(inputs)
+    return Entrant(entry["name"], lambda: session.run(inputs))
+
+
+def _run_without_garbage_collection(session: Session) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        session.run()
+    finally:
+        gc.enable()
+
+
+def throttling(before: Dict[str, Any], after: Dict[str, Any]) -> List[str]:
+    """What the kernel says happened to the clocks during the session."""
+    found = []
+    if (after["throttle_events"] or 0) > (before["throttle_events"] or 0):
+        count = after["throttle_events"] - (before["throttle_events"] or 0)
+        found.append("the CPU throttled {} times because it was hot".format(count))
+    if before["frequencies_mhz"]["governors"] != after["frequencies_mhz"]["governors"]:
+        found.append("the frequency governor changed during the session")
+    return found
+
+
+def _write_samples(session: Session, work_dir: str) -> Dict[str, Any]:
+    folder = os.path.join(work_dir, "outputs")
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "samples-{}-{}.safetensors".format(os.getpid(), clock_ns()))
+    with tensors.TensorWriter(path) as writer:
+        for entrant in session.entrants:
+            _write_column(writer, entrant.name + ".latency_ns", "I64", entrant.latencies_ns)
+            _write_column(writer, entrant.name + ".round", "I32", entrant.rounds)
+    return {"path": path, "sha256": passport.file_sha256(path), "size_bytes": os.path.getsize(path)}
+
+
+def _write_column(writer: tensors.TensorWriter, name: str, dtype: str, values: "array.array[int]") -> None:
+    writer.add_bytes(name, dtype, [len(values)], statistics.little_endian(values))

@@ -1,0 +1,325 @@
+"""ONNX Runtime as an engine: the only file that imports it.
+
+"Building" is graph optimization at ORT_ENABLE_ALL, fusions and the CPU's own blocked layouts included, saved
+as an ONNX file. The saved graph is final, so it is loaded with optimization off: what runs is the file,
+operator for operator, at the speed of a plain ORT_ENABLE_ALL session.
+"""
+
+import json
+import os
+import re
+import tempfile
+from typing import Any, Dict, List, Optional
+
+from jetway.tasks.on_device import errors
+from jetway.tasks.on_device.errors import DeviceError
+
+PROVIDERS = ["CPUExecutionProvider"]
+# Idle sessions that spin for work take the cores from the one that is timed.
+CONFIG_ENTRIES = {"session.intra_op.allow_spinning": "0", "session.inter_op.allow_spinning": "0"}
+LOWEST_OPSET = 7
+HIGHEST_OPSET = 127  # of a hand-written file; ALLOW_RELEASED_ONNX_OPSET_ONLY=0 accepts any
+LOG_FATAL_ONLY = 4
+
+
+def import_engine() -> Any:
+    """The onnxruntime module. Raises DeviceError (mismatch) with the reason when it cannot be imported."""
+    try:
+        import numpy  # noqa: F401
+        import onnxruntime
+    except Exception as exc:  # a broken installation raises whatever it likes
+        raise DeviceError(
+            "This Python cannot import onnxruntime: {}: {}. Install it there, or name another interpreter in "
+            "the target's `python`.".format(type(exc).__name__, exc),
+            errors.MISMATCH,
+        )
+    return onnxruntime
+
+
+def version() -> str:
+    return str(import_engine().__version__)
+
+
+def session_options(threads: int) -> Dict[str, Any]:
+    """Every option that a build sets, as it stands in the passport."""
+    return {
+        "graph_optimization_level": "ORT_ENABLE_ALL",
+        "execution_mode": "ORT_SEQUENTIAL",
+        "intra_op_num_threads": threads,
+        "inter_op_num_threads": 1,
+        "providers": PROVIDERS,
+        "config_entries": CONFIG_ENTRIES,
+    }
+
+
+def load_options(threads: int) -> Dict[str, Any]:
+    """The same for running a built engine, whose graph is final."""
+    return dict(session_options(threads), graph_optimization_level="ORT_DISABLE_ALL")
+
+
+def _native_options(options: Dict[str, Any]) -> Any:
+    ort = import_engine()
+    native = ort.SessionOptions()
+    native.graph_optimization_level = getattr(ort.GraphOptimizationLevel, options["graph_optimization_level"])
+    native.execution_mode = getattr(ort.ExecutionMode, options["execution_mode"])
+    native.intra_op_num_threads = options["intra_op_num_threads"]
+    native.inter_op_num_threads = options["inter_op_num_threads"]
+    native.log_severity_level = LOG_FATAL_ONLY
+    for key, value in options["config_entries"].items():
+        native.add_session_config_entry(key, value)
+    return native
+
+
+def build(onnx_path: str, engine_path: str, threads: int) -> None:
+    """Optimizes the ONNX file for this machine and writes the result. Raises DeviceError with its cause."""
+    ort = import_engine()
+    native = _native_options(session_options(threads))
+    native.optimized_model_filepath = engine_path
+    try:
+        ort.InferenceSession(onnx_path, native, providers=PROVIDERS)
+    except Exception as exc:  # ONNX Runtime's exceptions have no base class of their own
+        raise build_error(exc, onnx_path, os.path.dirname(engine_path))
+
+
+class OnnxRuntimeSession:
+    """A loaded engine. Construction loads it; ``run`` may be called any number of times."""
+
+    def __init__(self, path: str, threads: int, options: Optional[Dict[str, Any]] = None) -> None:
+        ort = import_engine()
+        native = _native_options(options or load_options(threads))
+        try:
+            self._session = ort.InferenceSession(path, native, providers=PROVIDERS)
+        except Exception as exc:
+            raise DeviceError(
+                "ONNX Runtime cannot load {}: {}".format(path, exc), _kind_of(exc, errors.MISMATCH)
+            )
+        self.output_names = [node.name for node in self._session.get_outputs()]
+        self.input_shapes = {node.name: node.shape for node in self._session.get_inputs()}
+
+    def static_batch(self) -> Optional[int]:
+        """Size of the first dimension of its inputs, or None where it is open."""
+        sizes = [shape[0] for shape in self.input_shapes.values() if shape]
+        return sizes[0] if sizes and all(isinstance(size, int) for size in sizes) else None
+
+    def run(self, inputs: Dict[str, Any]) -> List[Any]:
+        """Outputs in the order of ``output_names``. Untranslated errors: this is the timed call."""
+        outputs = self._session.run(None, inputs)  # type: List[Any]
+        return outputs
+
+    def run_checked(self, inputs: Dict[str, Any]) -> List[Any]:
+        """``run`` with errors that name what is wrong with the inputs."""
+        if set(inputs) != set(self.input_shapes):
+            raise DeviceError(
+                "The engine takes the inputs {}, but was given {}. Export the network again with the "
+                "workload's example_inputs.".format(sorted(self.input_shapes), sorted(inputs)),
+                errors.BAD_REQUEST,
+            )
+        try:
+            return self.run(inputs)
+        except Exception as exc:
+            shapes = {name: "{}{}".format(array.dtype, list(array.shape)) for name, array in inputs.items()}
+            raise DeviceError(
+                "The engine fails on the inputs {}: {}".format(shapes, exc), _kind_of(exc, errors.FAILED)
+            )
+
+
+OUT_OF_MEMORY_WORDS = re.compile(r"allocate memory|bad_alloc|out of memory|bad allocation", re.IGNORECASE)
+DISK_FULL_WORDS = re.compile(r"no space left|disk quota exceeded", re.IGNORECASE)
+UNSUPPORTED_WORDS = re.compile(
+    r"No Op registered for|is not a registered function/op|NOT_IMPLEMENTED|Could not find an implementation"
+)
+TOO_NEW_WORDS = re.compile(r"Opset \d+ is under development|Unsupported model IR version")
+FAILING_NODE = (
+    re.compile(r'In Node, \("(?P<node>[^"]*)", (?P<operator>[^,]+),'),
+    re.compile(r"implementation for (?P<operator>\S+) node with name '(?P<node>[^']*)'"),
+    re.compile(r"Fatal error: (?P<operator>\S+) is not a registered function/op"),
+)
+# A save that fails for another reason leaves at least this much free.
+FULL_DISK_BYTES = 1 << 20
+
+
+def _kind_of(exc: Exception, otherwise: str) -> str:
+    if isinstance(exc, MemoryError) or OUT_OF_MEMORY_WORDS.search(str(exc)):
+        return errors.OUT_OF_MEMORY
+    return otherwise
+
+
+def build_error(exc: Exception, onnx_path: str, folder: str) -> DeviceError:
+    """What a failed build means, in one word of ``cause`` and a sentence on what to do."""
+    text = " ".join(str(exc).split())
+    if TOO_NEW_WORDS.search(text):
+        return DeviceError(
+            "ONNX Runtime {} is too old for this file: {}. Lower export.opset in the recipe, or install a "
+            "newer onnxruntime on the target.".format(version(), text),
+            errors.MISMATCH,
+        )
+    if _kind_of(exc, "") == errors.OUT_OF_MEMORY:
+        return _build_failed(
+            "out_of_memory", "The build ran out of memory", text, "free memory on the target"
+        )
+    if DISK_FULL_WORDS.search(text) or _nearly_full(folder, onnx_path):
+        return _build_failed("disk_full", "The disk of {} is full".format(folder), text, "free some of it")
+    if UNSUPPORTED_WORDS.search(text):
+        return _build_failed("unsupported_operator", unsupported_operator(text), text, "replace that layer")
+    return _build_failed("unknown", "ONNX Runtime cannot build {}".format(onnx_path), text, "export it again")
+
+
+def _build_failed(cause: str, what: str, text: str, advice: str) -> DeviceError:
+    return DeviceError("{}; {}. ONNX Runtime says: {}".format(what, advice, text), errors.BUILD_FAILED, cause)
+
+
+def unsupported_operator(text: str) -> str:
+    """The operator and node that ONNX Runtime's message is about."""
+    for pattern in FAILING_NODE:
+        match = pattern.search(text)
+        if match:
+            named = match.groupdict()
+            node = " (node {!r})".format(named["node"]) if named.get("node") else ""
+            return "ONNX Runtime {} has no operator {}{}".format(version(), named["operator"].strip(), node)
+    return "ONNX Runtime {} lacks an operator".format(version())
+
+
+def _nearly_full(folder: str, onnx_path: str) -> bool:
+    """Whether an engine of about the ONNX file's size cannot have fitted; its message does not say so."""
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize < max(FULL_DISK_BYTES, os.path.getsize(onnx_path))
+
+
+def operator_costs(engine_path: str, threads: int, inputs: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """Every executed operator with the shapes it really saw, from ONNX Runtime's own profile of one run.
+
+    Prepacking is off in this session, because packed weights lose their shape.
+    """
+    options = load_options(threads)
+    options["config_entries"] = dict(CONFIG_ENTRIES, **{"session.disable_prepacking": "1"})
+    native = _native_options(options)
+    native.enable_profiling = True
+    with tempfile.TemporaryDirectory() as folder:
+        native.profile_file_prefix = os.path.join(folder, "profile")
+        session = import_engine().InferenceSession(engine_path, native, providers=PROVIDERS)
+        session.run(None, inputs)
+        with open(session.end_profiling()) as file:
+            events = json.load(file)
+    return [_operator(event["args"]) for event in events if event["name"].endswith("_kernel_time")]
+
+
+def _operator(args: Dict[str, Any]) -> Dict[str, Any]:
+    operands = [_operand(entry) for entry in args["input_type_shape"]]
+    outputs = [_operand(entry) for entry in args["output_type_shape"]]
+    macs, counted = count_macs(args["op_name"], operands, outputs)
+    return {
+        "operator": args["op_name"],
+        "macs": macs,
+        "counted": counted,
+        "integer": any(operand["dtype"] in ("int8", "uint8") for operand in operands),
+    }
+
+
+def _operand(entry: Dict[str, List[int]]) -> Dict[str, Any]:
+    ((dtype, shape),) = entry.items()
+    return {"dtype": dtype, "shape": shape}
+
+
+# Where the weight stands among the operands, for convolutions; and the operators that multiply matrices.
+CONVOLUTION_WEIGHT = {
+    "Conv": 1,
+    "FusedConv": 1,
+    "NhwcFusedConv": 1,
+    "ConvInteger": 1,
+    "QLinearConv": 3,
+    "QConv": 3,
+}
+MATRIX_PRODUCTS = (
+    "Gemm",
+    "FusedGemm",
+    "QGemm",
+    "MatMul",
+    "FusedMatMul",
+    "TransposeMatMul",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "QLinearMatMul",
+    "DynamicQuantizeMatMul",
+)
+# They multiply too, in ways that shapes alone do not tell.
+UNCOUNTED = (
+    "Attention",
+    "MultiHeadAttention",
+    "GroupQueryAttention",
+    "QAttention",
+    "LSTM",
+    "GRU",
+    "RNN",
+    "DynamicQuantizeLSTM",
+    "Einsum",
+    "DeformConv",
+)
+
+
+def count_macs(operator: str, operands: List[Dict[str, Any]], outputs: List[Dict[str, Any]]) -> Any:
+    """Multiply-accumulates of one operator, and whether its kind can be counted at all."""
+    if operator in CONVOLUTION_WEIGHT:
+        weight = operands[CONVOLUTION_WEIGHT[operator]]["shape"]
+        return _product(outputs[0]["shape"]) * _product(weight[1:]), True
+    if operator == "ConvTranspose":
+        return _product(operands[0]["shape"]) * _product(operands[1]["shape"][1:]), True
+    if operator in MATRIX_PRODUCTS:
+        return _matrix_product_macs(operator, operands[0]["shape"], outputs[0]["shape"]), True
+    return 0, operator not in UNCOUNTED
+
+
+def _matrix_product_macs(operator: str, left: List[int], output: List[int]) -> int:
+    """Output elements times the summed dimension, which Gemm may hold transposed."""
+    if operator.endswith("Gemm"):
+        return _product(left) * output[-1]
+    return _product(output) * left[-1]
+
+
+def _product(sizes: List[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def max_opset() -> int:
+    """Newest operator set that this ONNX Runtime loads, found by loading files of one node."""
+    opset = LOWEST_OPSET
+    while opset < HIGHEST_OPSET and _loads_opset(opset + 1):
+        opset += 1
+    return opset
+
+
+def _loads_opset(opset: int) -> bool:
+    ort = import_engine()
+    native = ort.SessionOptions()
+    native.log_severity_level = LOG_FATAL_ONLY
+    try:
+        ort.InferenceSession(one_node_onnx(opset), native, providers=PROVIDERS)
+    except Exception:
+        return False
+    return True
+
+
+def one_node_onnx(opset: int) -> bytes:
+    """An ONNX file of one Relu, byte by byte, as a target has no onnx package. Fields as in onnx.proto."""
+    shape = _field(2, _field(1, _varint(1, 1)))
+    float_tensor = _field(2, _field(1, _varint(1, 1) + shape))
+    node = _field(1, b"x") + _field(2, b"y") + _field(4, b"Relu")
+    graph = (
+        _field(1, node)
+        + _field(2, b"graph")
+        + _field(11, _field(1, b"x") + float_tensor)
+        + _field(12, _field(1, b"y") + float_tensor)
+    )
+    return _varint(1, 7) + _field(7, graph) + _field(8, _varint(2, opset))
+
+
+def _varint(number: int, value: int) -> bytes:
+    """A small integer field; ``value`` is below 128."""
+    return bytes([number << 3, value])
+
+
+def _field(number: int, data: bytes) -> bytes:
+    """A length-delimited field of fewer than 128 bytes."""
+    return bytes([number << 3 | 2, len(data)]) + data

@@ -1,0 +1,118 @@
+"""The passport of an engine: a JSON file beside it that says what it is, what made it, and where it fits."""
+
+import hashlib
+import json
+import os
+from typing import Any, Dict, Optional
+
+from jetway.tasks.on_device import errors, machine, onnxruntime_engine
+from jetway.tasks.on_device.errors import DeviceError
+
+SCHEMA_VERSION = 1
+
+
+def file_sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def passport_path(engine_path: str) -> str:
+    return engine_path + ".json"
+
+
+def current_platform() -> Dict[str, Any]:
+    """What an engine built here depends on. An engine fits where all of it is the same."""
+    cpu = machine.cpu()
+    return {
+        "engine": "onnxruntime",
+        "engine_version": onnxruntime_engine.version(),
+        "architecture": cpu["architecture"],
+        "instruction_sets": cpu["instruction_sets"],
+    }
+
+
+def build_key(onnx_sha256: str, threads: int) -> str:
+    """Name of the engine that this machine builds from the ONNX file: same inputs, same name."""
+    facts = {
+        "schema_version": SCHEMA_VERSION,
+        "onnx": onnx_sha256,
+        "options": onnxruntime_engine.session_options(threads),
+        "platform": current_platform(),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8")).hexdigest()[:32]
+
+
+def write(engine_path: str, passport: Dict[str, Any]) -> None:
+    """Writes the passport; it appears whole or not at all."""
+    temporary = passport_path(engine_path) + ".part"
+    with open(temporary, "w") as file:
+        json.dump(passport, file, indent=1, sort_keys=True)
+    os.replace(temporary, passport_path(engine_path))
+
+
+def read(engine_path: str) -> Optional[Dict[str, Any]]:
+    """The passport, or None when it is missing or cannot be read."""
+    try:
+        with open(passport_path(engine_path)) as file:
+            passport = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return passport if isinstance(passport, dict) else None
+
+
+def is_sound(engine_path: str) -> bool:
+    """Whether the engine is there, is what its passport says, and was built for this machine."""
+    passport = read(engine_path)
+    return (
+        passport is not None
+        and os.path.exists(engine_path)
+        and passport.get("engine_sha256") == file_sha256(engine_path)
+        and passport.get("platform") == current_platform()
+    )
+
+
+def check(engine_path: str, expected_sha256: str) -> Dict[str, Any]:
+    """The passport of an engine that may be loaded here: intact, and built for this machine.
+
+    Raises DeviceError: bad_request when it is gone, failed when it is corrupt, mismatch when it was built
+    elsewhere.
+    """
+    if not os.path.exists(engine_path):
+        raise DeviceError(
+            "The engine {} is no longer on the target. Run again: it is built anew.".format(engine_path),
+            errors.BAD_REQUEST,
+        )
+    digest = file_sha256(engine_path)
+    if digest != expected_sha256:
+        raise DeviceError(
+            "The engine {} is corrupt: its sha256 is {}, not {}. It was not loaded. Run again: it is built "
+            "anew.".format(engine_path, digest[:12], expected_sha256[:12])
+        )
+    passport = read(engine_path)
+    if passport is None:
+        raise DeviceError(
+            "The engine {} has no readable passport, so nothing says what machine it is for. Build it on "
+            "this target.".format(engine_path),
+            errors.MISMATCH,
+        )
+    _check_platform(engine_path, passport)
+    return passport
+
+
+def _check_platform(engine_path: str, passport: Dict[str, Any]) -> None:
+    built_on, here = passport.get("platform", {}), current_platform()
+    differences = [
+        "{} is {} here and was {} there".format(key, here[key], built_on.get(key))
+        for key in sorted(here)
+        if here[key] != built_on.get(key)
+    ]
+    if differences:
+        raise DeviceError(
+            "The engine {} was built for another machine: {}. Build it on this target.".format(
+                engine_path, "; ".join(differences)
+            ),
+            errors.MISMATCH,
+        )
