@@ -1,0 +1,272 @@
+"""INT8 fake quantization by NVIDIA ModelOpt: insert quantizers, calibrate them, save and reload them.
+
+Weights are int8, symmetric, one range an output channel; activations are int8, symmetric, one range a tensor.
+Quantizers sit where TensorRT wants them, on the input and the weight of every convolution and linear layer
+and nowhere else: what an engine needs besides (the skip of a residual add, the output of a convolution) is
+added in ONNX, by ``lowering``, because a functional ``x + y`` has no module to hang a quantizer on.
+BatchNorm stays a layer of its own, and is folded after export.
+
+A quantized checkpoint holds the ranges as tensors (``conv1.input_quantizer._amax``) beside the weights, and
+in its metadata the record: ``{"schema_version": 1, "quantizers": {"conv1.weight_quantizer": {"axis": 0}}}``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jetway.configs.schema import CalibrationMethod, Section
+from jetway.tasks.artifacts import Checkpoint
+from jetway.tasks.checkpoint import build_network, checkpoint_record, load_weights, read_tensors
+from jetway.tasks.errors import ArtifactError, ConfigError, QuantizationError
+from jetway.tasks.store import Store
+from jetway.tasks.workload import Inputs, Workload, batches, call_network
+
+logger = logging.getLogger("jetway")
+
+SCHEMA_VERSION = 1
+NUM_BITS = 8
+
+_CALIBRATION_BATCH = 32
+# Bins between two candidate ranges of the entropy search; 8 of 2048 moves a range by 0.4 % at most.
+_ENTROPY_STRIDE = 8
+
+_LAYERS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class CalibrationSection(Section):
+    """The part of the recipe's ``qat`` section that decides the ranges."""
+
+    revision: int = 1
+    calibration: CalibrationMethod
+    percentile: float
+    calibration_samples: int
+    keep_float: tuple[str, ...]
+
+
+def quantize_network(
+    network: nn.Module, workload: Workload, section: CalibrationSection, *, device: str = "cpu"
+) -> nn.Module:
+    """Quantizes ``network`` in place, calibrated on the workload's calibration data; returns it in eval mode.
+
+    A layer that no calibration sample reaches, or whose input is always zero there, stays in float.
+    Raises ConfigError when a ``keep_float`` pattern matches no module, QuantizationError when there are no
+    calibration data, nothing to quantize, or a range that is not finite.
+    """
+    kept = matching_modules(network, section.keep_float, key="qat.keep_float")
+    layers = [name for name in quantizable_layers(network) if not _is_within(name, kept)]
+    if not layers:
+        raise QuantizationError(
+            "There is nothing to quantize: every convolution and linear layer is kept in float. "
+            "Shorten qat.keep_float, or leave the int8 variants out of the recipe."
+        )
+    _insert_quantizers(network)
+    quantizers = _enable(network, layers, histogram=section.calibration is not CalibrationMethod.MAX)
+    network.to(device).eval()
+    _collect(
+        network, quantizers, _calibration_inputs(workload, section.calibration_samples, device), workload
+    )
+    _set_ranges(network, layers, section)
+    return network.to("cpu")
+
+
+def quantizable_layers(network: nn.Module) -> list[str]:
+    """Names of the layers that get quantizers: plain convolutions and linear layers."""
+    return [name for name, module in network.named_modules() if type(module) in _LAYERS]
+
+
+def matching_modules(network: nn.Module, patterns: Iterable[str], *, key: str) -> set[str]:
+    """Names of the modules that match any of the patterns; ``key`` names the setting in an error."""
+    names = [name for name, _ in network.named_modules() if name]
+    matched = set()
+    for pattern in patterns:
+        found = [name for name in names if fnmatchcase(name, pattern)]
+        if not found:
+            raise ConfigError(f"{key}: no module matches {pattern!r}. {_nearest(pattern, names)}")
+        matched.update(found)
+    return matched
+
+
+def quantization_record(network: nn.Module) -> dict[str, Any]:
+    """Which quantizers of the network are on, and along which axis; their ranges are tensors of the network."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "num_bits": NUM_BITS,
+        "quantizers": {name: {"axis": q.axis} for name, q in _quantizers(network) if q.is_enabled},
+    }
+
+
+def load_quantized_network(workload: Workload, checkpoint: Checkpoint, store: Store) -> nn.Module:
+    """The fake-quantized network of a checkpoint, in eval mode, on the CPU.
+
+    Raises ArtifactError when the file is missing, corrupt, not quantized, or does not fit the network.
+    """
+    path = store.open(checkpoint)
+    record = checkpoint_record(path)
+    if record.quantization is None:
+        raise ArtifactError(
+            f"checkpoint {checkpoint.sha256[:12]} is not quantized: load it with checkpoint.load_network."
+        )
+    network = build_network(workload, record.structure)
+    tensors = read_tensors(path)
+    _restore_quantizers(network, record.quantization, tensors)
+    load_weights(network, tensors, source=str(path))
+    return network.eval()
+
+
+def _modelopt() -> Any:
+    """ModelOpt's quantization package, imported on first use: that takes seconds.
+
+    On import it calls parts of PyTorch that are deprecated, and its plugins miss packages we do not use.
+    It reports on stdout, which belongs to our caller, so its report goes to the debug log.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.jit\b")
+        warnings.filterwarnings("ignore", module=r"modelopt\b")
+        package = importlib.import_module("modelopt.torch.quantization")
+        importlib.import_module("modelopt.torch.quantization.conversion").__dict__["print"] = logger.debug
+    return package
+
+
+def _insert_quantizers(network: nn.Module) -> None:
+    """Gives every module that ModelOpt knows its quantizers, all of them off."""
+    off = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": None}
+    _modelopt().quantize(network, off)
+
+
+def _quantizers(network: nn.Module) -> Iterator[tuple[str, Any]]:
+    kind = _modelopt().nn.TensorQuantizer
+    return ((name, module) for name, module in network.named_modules() if isinstance(module, kind))
+
+
+def _enable(network: nn.Module, layers: list[str], *, histogram: bool) -> dict[str, Any]:
+    """Turns on the weight and the input quantizer of each layer; returns the input quantizers by layer."""
+    for name in layers:
+        layer = network.get_submodule(name)
+        _configure(layer.get_submodule("weight_quantizer"), axis=_channel_axis(layer), calibrator="max")
+        calibrator = "histogram" if histogram else "max"
+        _configure(layer.get_submodule("input_quantizer"), axis=None, calibrator=calibrator)
+    return {name: network.get_submodule(f"{name}.input_quantizer") for name in layers}
+
+
+def _configure(quantizer: Any, *, axis: int | None, calibrator: str) -> None:
+    quantizer.set_from_attribute_config(
+        {"num_bits": NUM_BITS, "axis": axis, "enable": True, "calibrator": calibrator}
+    )
+
+
+def _channel_axis(layer: nn.Module) -> int:
+    """Axis of a weight's output channels."""
+    return 1 if isinstance(layer, _TRANSPOSED) else 0
+
+
+def _calibration_inputs(workload: Workload, samples: int, device: str) -> Iterator[Inputs]:
+    data = workload.calibration_data()
+    if len(data) == 0:  # type: ignore[arg-type]
+        raise QuantizationError(
+            f"{type(workload).__qualname__}.calibration_data() is empty, and int8 needs samples to choose its "
+            "ranges from. Return some hundred typical samples that are not evaluation data."
+        )
+    for inputs, _ in batches(workload, data, _CALIBRATION_BATCH, limit=samples):
+        yield {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def _collect(
+    network: nn.Module, quantizers: dict[str, Any], inputs: Iterator[Inputs], workload: Workload
+) -> None:
+    """Runs the float network over the inputs while the input quantizers watch."""
+    weights = [q for name, q in _quantizers(network) if name.endswith("weight_quantizer") and q.is_enabled]
+    for quantizer in (*quantizers.values(), *weights):
+        quantizer.disable_quant()
+        quantizer.enable_calib()
+    with torch.no_grad():
+        for batch in inputs:
+            call_network(network, batch, workload.output_names)
+    for quantizer in (*quantizers.values(), *weights):
+        quantizer.disable_calib()
+        quantizer.enable_quant()
+
+
+def _set_ranges(network: nn.Module, layers: list[str], section: CalibrationSection) -> None:
+    for name in layers:
+        layer = network.get_submodule(name)
+        amax = _range_of(layer.get_submodule("input_quantizer"), name, section)
+        if amax is None or float(amax) == 0.0:
+            logger.warning(
+                "%s stays in float: %s in the calibration data",
+                name,
+                "unused" if amax is None else "always 0",
+            )
+            layer.get_submodule("input_quantizer").disable()
+            layer.get_submodule("weight_quantizer").disable()
+            continue
+        layer.get_submodule("input_quantizer").amax = amax
+        layer.get_submodule("weight_quantizer").load_calib_amax()
+
+
+def _range_of(quantizer: Any, layer: str, section: CalibrationSection) -> Tensor | None:
+    """The largest magnitude that the layer's input shall represent, or None when it was never called."""
+    arguments: dict[CalibrationMethod, dict[str, Any]] = {
+        CalibrationMethod.MAX: {},
+        CalibrationMethod.ENTROPY: {"method": "entropy", "stride": _ENTROPY_STRIDE},
+        CalibrationMethod.PERCENTILE: {"method": "percentile", "percentile": section.percentile},
+    }
+    try:
+        amax: Tensor | None = quantizer._calibrator.compute_amax(**arguments[section.calibration])
+    except (RuntimeError, ValueError, IndexError) as exc:
+        raise QuantizationError(
+            f"{section.calibration} calibration of {layer!r} failed: {exc}. Set qat.calibration: max."
+        ) from exc
+    if amax is not None and not bool(torch.isfinite(amax).all()):
+        raise QuantizationError(
+            f"The input of {layer!r} is not finite on the calibration data. Look for NaN or infinity in "
+            f"calibration_data(), or add {layer!r} to qat.keep_float."
+        )
+    return amax
+
+
+def _restore_quantizers(network: nn.Module, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    version = record.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"The quantization record has schema version {version}, this Jetway reads {SCHEMA_VERSION}. "
+            "Quantize again, or use the Jetway version that wrote it."
+        )
+    _insert_quantizers(network)
+    for name, attributes in record["quantizers"].items():
+        try:
+            quantizer: Any = network.get_submodule(name)
+            amax = tensors[f"{name}._amax"]
+        except (AttributeError, KeyError) as exc:
+            raise ArtifactError(
+                f"The quantization record names {name!r}, which the workload's network or the file lacks. "
+                "The network has changed since it was quantized; quantize it again."
+            ) from exc
+        _configure(quantizer, axis=attributes["axis"], calibrator="max")
+        quantizer.amax = amax
+
+
+def _is_within(name: str, ancestors: set[str]) -> bool:
+    return any(name == ancestor or name.startswith(f"{ancestor}.") for ancestor in ancestors)
+
+
+def _nearest(pattern: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+    return f"Nearest: {', '.join(near)}."
