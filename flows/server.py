@@ -1,0 +1,287 @@
+"""One local Prefect server under ``JETWAY_HOME``, shared by the flows of this home; it ends itself when idle.
+
+Who lives is told by file locks, which the kernel drops with their process, so that nothing is left to clean
+up after a ``kill -9``, a reboot or a reused pid:
+
+- ``server.lock``   held by the server as long as it runs; ``server.json`` then names its pid and port
+- ``clients.lock``  shared by every flow that uses the server; the server ends when it has been free for long
+- ``start.lock``    held while a flow looks for a server and starts one
+
+``server_process.py`` is what runs. Prefect, seconds to import, is imported here only when a flow is about to
+run, so that the server starts up meanwhile.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from jetway.tasks.environment import boot_id
+from jetway.tasks.errors import TrackingError
+from jetway.tasks.store import jetway_home
+
+logger = logging.getLogger("jetway")
+
+IDLE_S = 900.0
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 10.0
+POLL_S = 0.1
+QUEUE_TIMEOUT_S = 15.0
+# The shortest lease that Prefect grants.
+LEASE_S = 60.0
+
+# Servers started by this process, kept so that they can be reaped.
+_spawned: list[subprocess.Popen[bytes]] = []
+
+
+class Server:
+    """A Prefect API and, if it is ours, the hold on it that keeps it running. Use it in ``with``."""
+
+    def __init__(self, api_url: str, *, home: Path | None = None, hold: IO[str] | None = None) -> None:
+        #: Address of the API, as ``PREFECT_API_URL`` wants it.
+        self.api_url = api_url
+        self._home = home
+        self._hold = hold
+
+    @property
+    def ui_url(self) -> str:
+        """Address of Prefect's UI."""
+        return self.api_url.removesuffix("/").removesuffix("/api")
+
+    def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Returns when the API answers. Raises TrackingError when it does not in time, or has died."""
+        deadline = time.monotonic() + timeout_s
+        while not _answers(self.api_url):
+            if self._home is not None and not _locked(self._home / "server.lock"):
+                raise TrackingError(
+                    f"The local Prefect server ended while it started. {_log_tail(self._home)}"
+                )
+            if time.monotonic() > deadline:
+                raise TrackingError(self._silent(timeout_s))
+            time.sleep(POLL_S)
+
+    def close(self) -> None:
+        """Lets go of the server; it ends when nobody has held it for ``idle_s``."""
+        if self._hold is not None:
+            with suppress(OSError):
+                os.utime(self._hold.name)
+            self._hold.close()
+            self._hold = None
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _silent(self, timeout_s: float) -> str:
+        if self._home is not None:
+            return (
+                f"The local Prefect server did not answer within {timeout_s:.0f} s. {_log_tail(self._home)}"
+            )
+        return (
+            f"No Prefect server answers at {self.api_url} within {timeout_s:.0f} s. Start it, or unset "
+            "PREFECT_API_URL to let Jetway start its own."
+        )
+
+
+def start_server(*, idle_s: float = IDLE_S, home: Path | None = None) -> Server:
+    """The server of this home, started in the background if none runs. Does not wait for it to be ready.
+
+    ``PREFECT_API_URL`` in the environment wins: then that server is used and none is started. Call it before
+    Prefect is first imported, because it also points Prefect's own files and telemetry away from the user.
+    """
+    folder = _prepare(home)
+    if url := os.environ.get("PREFECT_API_URL"):
+        return Server(url)
+    hold = (folder / "clients.lock").open("a")
+    fcntl.flock(hold, fcntl.LOCK_SH)
+    os.utime(hold.name)
+    with (folder / "start.lock").open("a") as start:
+        fcntl.flock(start, fcntl.LOCK_EX)
+        if not _locked(folder / "server.lock"):
+            _spawn(folder, idle_s)
+    port = _read_state(folder)["port"]
+    return Server(f"http://127.0.0.1:{port}/api", home=folder, hold=hold)
+
+
+def stop_server(*, home: Path | None = None) -> bool:
+    """Ends the server of this home, and waits until it is gone. Returns whether there was one."""
+    folder = _folder(home)
+    if not (folder / "server.lock").exists() or not _locked(folder / "server.lock"):
+        return False
+    pid = int(_read_state(folder)["pid"])
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        os.kill(pid, sign)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if not _locked(folder / "server.lock"):
+                (folder / "server.json").unlink(missing_ok=True)
+                return True
+            time.sleep(POLL_S)
+    raise TrackingError(f"The Prefect server (pid {pid}) does not end. Look at {folder / 'server.log'}.")
+
+
+def running_server(*, home: Path | None = None) -> Server | None:
+    """The server of this home if one runs, without holding it."""
+    folder = _folder(home)
+    if not (folder / "server.lock").exists() or not _locked(folder / "server.lock"):
+        return None
+    return Server(f"http://127.0.0.1:{_read_state(folder)['port']}/api", home=folder)
+
+
+@contextmanager
+def prefect_settings(server: Server) -> Iterator[None]:
+    """Settings for flow calls inside: this API, a quiet console, and our log lines kept in the Prefect run.
+
+    Warnings and errors still reach the console.
+    """
+    from prefect.logging.handlers import APILogHandler, PrefectConsoleHandler
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        PREFECT_HOME,
+        PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW,
+        temporary_settings,
+    )
+
+    settings: dict[Any, Any] = {
+        PREFECT_API_URL: server.api_url,
+        PREFECT_HOME: os.environ["PREFECT_HOME"],
+        PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore",
+        # The heartbeat's thread is joined at the end of every flow, which costs a second.
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
+    }
+    consoles = [h for h in logging.getLogger().handlers if isinstance(h, PrefectConsoleHandler)]
+    levels, level, to_run = [h.level for h in consoles], logger.level, APILogHandler()
+    with temporary_settings(settings):
+        try:
+            for console in consoles:
+                console.setLevel(logging.WARNING)
+            logger.setLevel(logging.INFO)
+            logger.addHandler(to_run)
+            yield
+        finally:
+            logger.removeHandler(to_run)
+            logger.setLevel(level)
+            for console, before in zip(consoles, levels, strict=True):
+                console.setLevel(before)
+
+
+@contextmanager
+def queue_for(target: str, *, timeout_s: float = QUEUE_TIMEOUT_S) -> Iterator[None]:
+    """Waits for this target's turn among the flows of one Prefect server, for ``timeout_s`` at most.
+
+    A courtesy that the Prefect UI shows. A flow killed with -9 keeps its slot for a minute, and flows of
+    other servers are not seen, so the lease on the target decides, and nothing here stops a run.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.concurrency.sync import concurrency
+
+    limit = f"jetway-{target}"
+    with ExitStack() as stack:
+        try:
+            with get_client(sync_client=True) as client:
+                client.upsert_global_concurrency_limit_by_name(limit, 1)
+            slot = concurrency(limit, timeout_seconds=timeout_s, lease_duration=LEASE_S, strict=False)
+            stack.enter_context(slot)
+        except TimeoutError:
+            logger.info("%s: the slot stays taken; its own lease decides", target)
+        yield
+
+
+def _folder(home: Path | None) -> Path:
+    return (home or jetway_home()) / "prefect"
+
+
+def _prepare(home: Path | None) -> Path:
+    """Makes the folder, and keeps Prefect's own files inside it and its telemetry off."""
+    folder = _folder(home)
+    folder.mkdir(parents=True, exist_ok=True)
+    defaults = {"PREFECT_HOME": str(folder), "DO_NOT_TRACK": "1", "PREFECT_SERVER_EPHEMERAL_ENABLED": "false"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    return folder
+
+
+def _spawn(folder: Path, idle_s: float) -> None:
+    """Starts the server detached, with its lock and its listening socket already in hand."""
+    with (
+        (folder / "server.lock").open("a") as lock,
+        socket.create_server(("127.0.0.1", 0), backlog=128) as listener,
+        (folder / "server.log").open("w") as log,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        port = listener.getsockname()[1]
+        arguments = (folder, idle_s, lock.fileno(), listener.fileno())
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jetway.flows.server_process", *map(str, arguments)],
+            env=os.environ | _server_environment(folder, port),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=(lock.fileno(), listener.fileno()),
+        )
+        _spawned.append(process)
+        state = {"pid": process.pid, "port": port, "boot_id": boot_id()}
+        (folder / "server.json.part").write_text(json.dumps(state))
+        os.replace(folder / "server.json.part", folder / "server.json")
+
+
+def _server_environment(folder: Path, port: int) -> dict[str, str]:
+    return {
+        "PREFECT_HOME": str(folder),
+        "PREFECT_SERVER_API_HOST": "127.0.0.1",
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        # Flows that log at the same time wait for sqlite's one writer.
+        "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
+        "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "60",
+    }
+
+
+def _locked(path: Path) -> bool:
+    """Whether some process holds the lock of a file."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            for process in _spawned:
+                process.poll()
+            return True
+    return False
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((folder / "server.json").read_text())
+    return state
+
+
+def _answers(api_url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{api_url.rstrip('/')}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _log_tail(folder: Path) -> str:
+    path = folder / "server.log"
+    lines = path.read_text(errors="replace").splitlines()[-5:] if path.exists() else []
+    return f"Look at {path}. Its end: {' | '.join(lines) or 'nothing was written'}"
