@@ -82,7 +82,7 @@ def _nearest_ancestor(name: str, names: dict[str, int]) -> str:
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     """Query times keys, and the weights times values; shapes are [batch, heads, length, dims]."""
-    return 2 * math.prod(query[:3]) * int(key[2]) * int(query[3] + value[3])
+    return int(2 * math.prod(query[:3]) * key[2] * (query[3] + value[3]))
 
 
 def _recurrent_layer(x: Any, w_input: Any, w_hidden: Any, *args: Any, **kwargs: Any) -> int:
