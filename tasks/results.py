@@ -13,6 +13,9 @@ from jetway.tasks.metrics import Metric
 
 Interval = tuple[float, float]
 
+#: The variant that every ratio and drop refers to, on its own target.
+BASELINE = "baseline-fp32"
+
 #: Names that every variant may have, besides the workload's own metrics.
 MEASURED_METRICS = (
     "params",
