@@ -41,6 +41,7 @@ def read_spec(length: int) -> Dict[str, Any]:
     spec = json.loads(text.decode())  # type: Dict[str, Any]
     if spec["schema_version"] != job.SCHEMA_VERSION:
         sys.exit("This agent speaks version %d, not %s." % (job.SCHEMA_VERSION, spec["schema_version"]))
+    spec["work_dir"] = os.path.abspath(spec["work_dir"])  # a job changes folders
     return spec
 
 

@@ -48,8 +48,7 @@ class Job:
 
     def __init__(self, spec: Json) -> None:
         self.spec = spec
-        self.work_dir = os.path.abspath(spec["work_dir"])
-        self.folder = os.path.join(self.work_dir, "jobs", spec["job"])
+        self.folder = os.path.join(spec["work_dir"], "jobs", spec["job"])
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -451,8 +450,8 @@ def prefer_as_oom_victim() -> None:
 def run_verb(spec: Json, progress: Progress) -> Json:
     """Runs the module named by the verb. Returns ``{"result": ...}`` or ``{"error": ...}``."""
     try:
-        request = dict(spec["request"], work_dir=os.path.abspath(spec["work_dir"]))
-        blobs.check_request(request, request["work_dir"])
+        request = dict(spec["request"], work_dir=spec["work_dir"])
+        blobs.check_request(request, spec["work_dir"])
         return {"result": find_verb(spec["verb"])(request, progress)}
     except DeviceError as exc:
         return {"error": exc.to_json()}
