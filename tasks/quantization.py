@@ -105,7 +105,7 @@ def matching_modules(network: nn.Module, patterns: Iterable[str], *, key: str) -
 
 
 def quantization_record(network: nn.Module) -> dict[str, Any]:
-    """Which quantizers of the network are on, and along which axis; their ranges are tensors of the network."""
+    """Which quantizers are on, and along which axis; their ranges are tensors of the network."""
     return {
         "schema_version": SCHEMA_VERSION,
         "num_bits": NUM_BITS,
@@ -181,8 +181,8 @@ def _calibration_inputs(workload: Workload, samples: int, device: str) -> Iterat
     data = workload.calibration_data()
     if len(data) == 0:  # type: ignore[arg-type]
         raise QuantizationError(
-            f"{type(workload).__qualname__}.calibration_data() is empty, and int8 needs samples to choose its "
-            "ranges from. Return some hundred typical samples that are not evaluation data."
+            f"{type(workload).__qualname__}.calibration_data() is empty, and int8 takes its ranges from it. "
+            "Return some hundred typical samples that are not evaluation data."
         )
     for inputs, _ in batches(workload, data, _CALIBRATION_BATCH, limit=samples):
         yield {name: tensor.to(device) for name, tensor in inputs.items()}
