@@ -160,6 +160,27 @@ def evaluate(workload: Workload, network: nn.Module, *, device: str = "cpu") -> 
     return {name: float(value) for name, value in metrics.items()}
 
 
+def accumulate_gradients(
+    network: nn.Module, workload: Workload, context: StageContext, *, batches: int, batch_size: int
+) -> None:
+    """Leaves the gradients of the loss over some batches of training data in the network's parameters.
+
+    The network stays in eval mode: BatchNorm and dropout act as they will when it is deployed.
+    """
+    data = workload.train_data()
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(context.seed)).tolist()  # type: ignore[arg-type]
+    network.to(context.device).eval().zero_grad()
+    for start in range(0, min(len(order), batches * batch_size), batch_size):
+        with _users_code(workload, "the loss on training data"):
+            batch = workload.collate([data[i] for i in order[start : start + batch_size]])
+            inputs, target = _to_device(batch, context.device)
+            workload.loss(call_network(network, inputs, workload.output_names), target).backward()  # type: ignore[no-untyped-call]
+    for parameter in network.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    network.to("cpu")
+
+
 def is_better(metric: Metric, value: float, than: float) -> bool:
     return value > than if metric.higher_is_better else value < than
 

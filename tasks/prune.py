@@ -1,0 +1,293 @@
+"""Prune: takes whole channels out of the network, so that every runtime is faster without knowing of it."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from torch import nn
+
+from jetway.configs.schema import FinetuneConfig, Importance, PruneConfig, Section
+from jetway.tasks.artifacts import Checkpoint, StageOutput
+from jetway.tasks.channels import (
+    Candidate,
+    Cut,
+    Limits,
+    apply_cuts,
+    checked_outputs,
+    find_candidates,
+    make_importance,
+    plan_cuts,
+    trace_dependencies,
+)
+from jetway.tasks.checkpoint import (
+    build_network,
+    load_network,
+    load_weights,
+    network_tensors,
+    save_checkpoint,
+)
+from jetway.tasks.errors import ConfigError, PruningError
+from jetway.tasks.macs import count_macs, count_params, total_macs
+from jetway.tasks.stage import StageContext, run_stage
+from jetway.tasks.structure import Structure, describe_structure
+from jetway.tasks.training import accumulate_gradients, evaluate, train
+from jetway.tasks.workload import Outputs
+
+logger = logging.getLogger("jetway")
+
+TAYLOR_BATCH_SIZE = 64
+
+# Halvings of the ratio when a target is searched: the ratio found is within 0.001 of the smallest that will do.
+_SEARCH_STEPS = 10
+
+
+class PruneInputs(Section):
+    """What the stage's result depends on: fine-tuning counts only where it happens between steps."""
+
+    prune: PruneConfig
+    finetune: FinetuneConfig | None
+
+
+def prune_network(
+    context: StageContext, baseline: Checkpoint, config: PruneConfig, finetune_config: FinetuneConfig
+) -> StageOutput:
+    """The network with fewer channels, its outputs' shapes unchanged, and what became of each module.
+
+    Layers that make the outputs keep their channels, and so does whatever shares channels with an ignored
+    layer. With ``target_macs_ratio`` the smallest ratio that reaches it is searched.
+
+    Raises ConfigError for a pattern that matches nothing, PruningError when the network cannot be traced or
+    cut, or the target cannot be reached.
+    """
+    pruner = _Pruner(context, load_network(context.workload, baseline, context.store), config)
+    for step in range(1, config.iterative_steps + 1):
+        context.progress("prune", step - 1, config.iterative_steps, f"step {step}/{config.iterative_steps}")
+        pruner.run_step(step)
+        if step < config.iterative_steps and config.finetune_epochs_between:
+            _finetune_between(context, baseline, pruner.network, config, finetune_config)
+    context.progress("prune", config.iterative_steps, config.iterative_steps, "done")
+    return _output(context, baseline, pruner)
+
+
+@task(name="prune", cache_policy=NO_CACHE, persist_result=False)
+def prune(
+    context: StageContext, baseline: Checkpoint, config: PruneConfig, finetune_config: FinetuneConfig
+) -> StageOutput:
+    return run_stage(
+        context,
+        "prune",
+        lambda ctx: prune_network(ctx, baseline, config, finetune_config),
+        inputs=[baseline],
+        section=prune_inputs(config, finetune_config),
+    )
+
+
+def prune_inputs(config: PruneConfig, finetune_config: FinetuneConfig) -> PruneInputs:
+    between = config.iterative_steps > 1 and config.finetune_epochs_between > 0
+    return PruneInputs(prune=config, finetune=finetune_config if between else None)
+
+
+def matching_names(patterns: Iterable[str], names: Sequence[str], key: str) -> dict[str, list[str]]:
+    """Names that each pattern matches, with all below them. Raises ConfigError with the nearest names."""
+    matches = {pattern: [name for name in names if fnmatchcase(name, pattern)] for pattern in patterns}
+    for pattern, found in matches.items():
+        if not found:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
+            raise ConfigError(
+                f"{key}: {pattern!r} matches no module or parameter of the network. "
+                f"Nearest: {', '.join(near)}. Patterns are globs over whole names, like 'layer4.*'."
+            )
+    return {
+        pattern: [name for name in names if any(name == top or name.startswith(f"{top}.") for top in found)]
+        for pattern, found in matches.items()
+    }
+
+
+class _Pruner:
+    """The network on its way, and what it was at the start."""
+
+    def __init__(self, context: StageContext, network: nn.Module, config: PruneConfig) -> None:
+        self.context, self.workload, self.config, self.network = context, context.workload, config, network
+        self.inputs = context.workload.example_inputs()
+        self.outputs = self._call(network)
+        self.before = count_macs(network, self.inputs)
+        self.baseline = copy.deepcopy(network)
+        self.structure: Structure = describe_structure(context.workload.network(), network)
+        self.initial: dict[str, int] = {}
+        self.ratios_used: list[float] = []
+        names = [name for name, _ in (*network.named_modules(), *network.named_parameters()) if name]
+        ignored = matching_names(config.ignored_layers, names, "prune.ignored_layers")
+        self.ignored = frozenset(name for found in ignored.values() for name in found)
+        own = matching_names(config.pruning_ratios, names, "prune.pruning_ratios")
+        self.ratios = {name: config.pruning_ratios[pattern] for pattern in own for name in own[pattern]}
+
+    @property
+    def baseline_macs(self) -> int:
+        return sum(self.before.values())
+
+    def run_step(self, step: int) -> None:
+        """Prunes to the share of the whole that this step is due, and reloads the result from its record."""
+        share = step / self.config.iterative_steps
+        candidates = self._candidates()
+        ratio = self._ratio(candidates, share)
+        apply_cuts(
+            self.network, self.inputs, self.workload.output_names, self._cuts(candidates, ratio, share)
+        )
+        self.ratios_used.append(ratio)
+        self._check_outputs()
+        self._reload()
+
+    def _candidates(self) -> list[Candidate]:
+        if self.config.importance is Importance.TAYLOR:
+            batches = self.config.calibration_batches
+            accumulate_gradients(
+                self.network, self.workload, self.context, batches=batches, batch_size=TAYLOR_BATCH_SIZE
+            )
+        graph = trace_dependencies(self.network, self.inputs, self.workload.output_names)
+        importance = make_importance(self.config.importance)
+        candidates = find_candidates(self.network, graph, importance, self.ignored)
+        if not candidates:
+            raise PruningError(
+                f"Nothing can be pruned by importance {self.config.importance}: every group of layers is ignored, "
+                "makes an output, or has nothing to rank by. Ignore fewer layers, or use importance l2."
+            )
+        for candidate in candidates:
+            self.initial.setdefault(candidate.root, candidate.channels)
+        return candidates
+
+    def _cuts(self, candidates: list[Candidate], ratio: float, share: float) -> list[Cut]:
+        return plan_cuts(
+            candidates,
+            ratio,
+            {name: own * share for name, own in self.ratios.items()},
+            Limits(self.config.round_to, self.config.max_pruning_ratio, self.initial),
+            ranked_globally=self.config.scope == "global",
+        )
+
+    def _ratio(self, candidates: list[Candidate], share: float) -> float:
+        target = self.config.target_macs_ratio
+        if target is None:
+            return self.config.pruning_ratio * share
+        wanted = 1 - (1 - target) * share
+        return _smallest_ratio(lambda ratio: self._macs_ratio(candidates, ratio, share), wanted)
+
+    def _macs_ratio(self, candidates: list[Candidate], ratio: float, share: float) -> float:
+        """MACs that a ratio would leave, of a copy that is really cut and counted."""
+        trial = copy.deepcopy(self.network)
+        apply_cuts(trial, self.inputs, self.workload.output_names, self._cuts(candidates, ratio, share))
+        self._call(trial)
+        return total_macs(trial, self.inputs) / self.baseline_macs
+
+    def _check_outputs(self) -> None:
+        outputs = self._call(self.network)
+        changed = [name for name, output in outputs.items() if output.shape != self.outputs[name].shape]
+        if changed:
+            raise PruningError(
+                f"Pruning changed the shape of {changed[0]!r} from {tuple(self.outputs[changed[0]].shape)} to "
+                f"{tuple(outputs[changed[0]].shape)}. Add the layers that make it to prune.ignored_layers."
+            )
+
+    def _reload(self) -> None:
+        """Puts the network as its record rebuilds it in the place of the cut one, after comparing them."""
+        self.structure = describe_structure(self.workload.network(), self.network)
+        rebuilt = build_network(self.workload, self.structure).eval()
+        load_weights(rebuilt, network_tensors(self.network), source="the pruned network")
+        expected, found = self._call(self.network), self._call(rebuilt)
+        if not all(torch.allclose(expected[name], found[name], equal_nan=True) for name in expected):
+            raise PruningError(
+                "The pruned network does not give the same outputs when it is rebuilt: it keeps state that is "
+                "neither a tensor nor a plain attribute. Move it into a buffer or a number of the module."
+            )
+        self.network = rebuilt
+
+    def _call(self, network: nn.Module) -> Outputs:
+        return checked_outputs(network, self.inputs, self.workload.output_names)
+
+
+def _smallest_ratio(macs_ratio: Callable[[float], float], wanted: float) -> float:
+    """Smallest pruning ratio whose MACs are at most ``wanted``, by bisection."""
+    low, high = 0.0, 1.0
+    closest = macs_ratio(high)
+    if closest > wanted:
+        raise PruningError(
+            f"prune.target_macs_ratio asks for {wanted:.3f} of the MACs, but the most that can be pruned leaves "
+            f"{closest:.3f}. Raise the target or prune.max_pruning_ratio, lower prune.round_to, or ignore fewer "
+            "layers."
+        )
+    for _ in range(_SEARCH_STEPS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if macs_ratio(middle) <= wanted else (middle, high)
+    return high
+
+
+def _finetune_between(
+    context: StageContext,
+    baseline: Checkpoint,
+    network: nn.Module,
+    config: PruneConfig,
+    finetune_config: FinetuneConfig,
+) -> None:
+    taught = finetune_config.distillation is not None
+    train(
+        network,
+        context.workload,
+        finetune_config.model_copy(update={"epochs": config.finetune_epochs_between}),
+        context=context,
+        data=context.workload.train_data(),
+        teacher=load_network(context.workload, baseline, context.store) if taught else None,
+        stage="prune",
+    )
+
+
+def _output(context: StageContext, baseline: Checkpoint, pruner: _Pruner) -> StageOutput:
+    macs = total_macs(pruner.network, pruner.inputs)
+    metrics = {
+        "params": float(count_params(pruner.network)),
+        "macs": float(macs),
+        "macs_ratio": macs / pruner.baseline_macs,
+    } | evaluate(context.workload, pruner.network, device=context.device)
+    handle = save_checkpoint(
+        context.store,
+        pruner.network,
+        structure=pruner.structure,
+        parents=(baseline.sha256,),
+        metadata={"stage": "pruned", "macs_ratio": metrics["macs_ratio"]},
+    )
+    report = context.store.add_json(_report(pruner, metrics), parents=(handle.sha256,))
+    return StageOutput(handle=handle, files={"pruning.json": report}, metrics=metrics)
+
+
+def _report(pruner: _Pruner, metrics: dict[str, float]) -> dict[str, Any]:
+    pruner.network.cpu()
+    after = count_macs(pruner.network, pruner.inputs)
+    rows = []
+    for name, old in pruner.baseline.named_modules():
+        new = pruner.network.get_submodule(name)
+        held, left = count_params(old, recurse=False), count_params(new, recurse=False)
+        if held:
+            rows.append(
+                {
+                    "module": name,
+                    "type": type(old).__name__,
+                    "shape_before": _weight_shape(old),
+                    "shape_after": _weight_shape(new),
+                    "params_before": held,
+                    "params_after": left,
+                    "macs_before": pruner.before.get(name, 0),
+                    "macs_after": after.get(name, 0),
+                }
+            )
+    return {"schema_version": 1, "ratios": pruner.ratios_used, "metrics": metrics, "modules": rows}
+
+
+def _weight_shape(module: nn.Module) -> list[int]:
+    """Shape of the first parameter, as a reviewer knows the layer."""
+    return list(next(module.parameters(recurse=False)).shape)
