@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,8 +71,8 @@ def draw_accuracy_latency(store: Store, rows: Sequence[VariantResult], metric: M
         latency, score = row.value("latency_ms_p50"), row.value(metric.name)
         if latency is None or score is None:
             continue
-        fill = {} if row.validity.valid else {"markerfacecolor": "none"}
-        axes.plot(latency, score, "o", markersize=9, label=row.variant, **fill)
+        style = "full" if row.validity.valid else "none"
+        axes.plot(latency, score, "o", markersize=9, fillstyle=style)
         axes.annotate(row.variant, (latency, score), (6, 6), textcoords="offset points", fontsize=8)
     axes.set_xlabel("latency p50, ms (lower is better)")
     axes.set_ylabel(f"{metric.name} ({'higher' if metric.higher_is_better else 'lower'} is better)")
@@ -89,10 +88,8 @@ def draw_accuracy_latency(store: Store, rows: Sequence[VariantResult], metric: M
 
 @task(name="compare", cache_policy=NO_CACHE, persist_result=False)
 def compare(context: StageContext, rows: Sequence[VariantResult], gates: Sequence[Gate]) -> StageOutput:
-    started = time.monotonic()
-    output = compare_variants(context, rows, gates)
-    context.finished.append(("compare", time.monotonic() - started, False))
-    return output
+    with context.timed("compare"):
+        return compare_variants(context, rows, gates)
 
 
 def _derive(row: VariantResult, baseline: VariantResult, metrics: Sequence[Metric]) -> VariantResult:

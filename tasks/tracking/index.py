@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 
 from pydantic import ValidationError
@@ -64,8 +65,8 @@ class MlflowStageIndex:
         self._note(key, stage, reused=False)
 
     def entries(self) -> list[RunRecord]:
-        """Every finished entry, newest first."""
-        return self._tracker.search("attributes.status = 'FINISHED'", experiment=EXPERIMENT)
+        """Every entry, newest first; one that is not FINISHED never counts as a result."""
+        return self._tracker.search("", experiment=EXPERIMENT)
 
     def _entries(self, key: str) -> list[RunRecord]:
         query = f"attributes.status = 'FINISHED' AND tags.`{KEY_TAG}` = '{key}'"
@@ -78,12 +79,16 @@ class MlflowStageIndex:
         return output
 
     def _bring_file(self, entry: RunRecord, handle: Handle) -> None:
-        """Takes the file from the store, or where it is missing or corrupt there, from MLflow."""
+        """Takes the file from the store, or where it is missing or corrupt there, from MLflow.
+
+        Its time of change becomes now: `jetway clean` spares what a running pipeline has just taken up.
+        """
         try:
-            self._store.open(handle)
+            path = self._store.open(handle)
         except ArtifactError:
             self._download(entry, handle)
-            self._store.open(handle)
+            path = self._store.open(handle)
+        os.utime(path)
 
     def _download(self, entry: RunRecord, handle: Handle) -> None:
         with self._store.scratch() as folder:

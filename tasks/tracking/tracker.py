@@ -7,7 +7,6 @@ run of its own, so nothing here is fluent.
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import threading
 import time
@@ -225,19 +224,13 @@ class Tracker:
         return dead
 
     def delete_run(self, run_id: str) -> None:
-        """Deletes a run, and its files where they lie on this machine."""
-        folder = self._run_files.local_folder(run_id)
+        """Deletes a run's record; its files stay where they are."""
         with self._translated(f"delete run {run_id}"):
             self._client.delete_run(run_id)
-        if folder is not None:
-            shutil.rmtree(folder.parent, ignore_errors=True)
 
-    def delete_files(self, run_id: str, paths: Sequence[str]) -> None:
-        """Deletes attached files where they lie on this machine; elsewhere they stay."""
-        folder = self._run_files.local_folder(run_id)
-        if folder is not None:
-            for path in paths:
-                (folder / path).unlink(missing_ok=True)
+    def local_folder(self, run_id: str) -> Path | None:
+        """Folder of a run's files where that is on this machine, and no server stands before it."""
+        return self._run_files.local_folder(run_id)
 
     @cached_property
     def _client(self) -> MlflowClient:
