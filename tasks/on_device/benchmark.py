@@ -14,7 +14,7 @@ import random
 import time
 from typing import Any, Callable, Dict, List, Sequence
 
-from jetway.tasks.on_device import lease, machine, memory, passport, statistics, tensors
+from jetway.tasks.on_device import lease, machine, memory, outputs, passport, statistics, tensors
 from jetway.tasks.on_device.onnxruntime_engine import OnnxRuntimeSession
 
 CANARY = "canary"
@@ -169,7 +169,7 @@ class Session:
 def run(request: Dict[str, Any], progress: Progress) -> Dict[str, Any]:
     """One session over ``engines`` and ``canary``.
 
-    Each of them has ``name``, ``path``, ``sha256`` and ``inputs`` (a path). Further keys: ``threads``,
+    Each of them has ``name``, ``path``, ``sha256`` and ``inputs`` (a path). Further keys:
     ``warmup_runs``, ``min_queries``, ``min_duration_s``, ``slice_s``, ``max_drift_ratio``,
     ``max_extensions``, ``max_duration_s``, ``seed``, ``work_dir``. Every engine is checked against its
     passport before it is loaded. Returns the path of the samples (per engine: latencies in ns and the round
@@ -178,10 +178,10 @@ def run(request: Dict[str, Any], progress: Progress) -> Dict[str, Any]:
     """
     entries = request["engines"] + [dict(request["canary"], name=CANARY)]
     for entry in entries:
-        passport.check(entry["path"], entry["sha256"])
+        entry["load_options"] = passport.check(entry["path"], entry["sha256"])["load_options"]
     progress({"done": 0.0, "total": 1.0, "text": "peak memory"})
-    peaks = {entry["name"]: memory.peak_of(entry, request["threads"]) for entry in request["engines"]}
-    session = Session([_load(entry, request["threads"]) for entry in entries], request, progress)
+    peaks = {entry["name"]: memory.peak_of(entry) for entry in request["engines"]}
+    session = Session([_load(entry) for entry in entries], request, progress)
     before = machine.snapshot()
     _run_without_garbage_collection(session)
     after = machine.snapshot()
@@ -200,9 +200,9 @@ def run(request: Dict[str, Any], progress: Progress) -> Dict[str, Any]:
     }
 
 
-def _load(entry: Dict[str, Any], threads: int) -> Entrant:
-    session = OnnxRuntimeSession(entry["path"], threads)
-    inputs = {name: array_.copy() for name, array_ in tensors.read_tensors(entry["inputs"]).items()}
+def _load(entry: Dict[str, Any]) -> Entrant:
+    session = OnnxRuntimeSession(entry["path"], entry["load_options"])
+    inputs = session.inputs_of(tensors.read_tensors(entry["inputs"]))
     session.run_checked(inputs)
     return Entrant(entry["name"], lambda: session.run(inputs))
 
@@ -228,8 +228,7 @@ def throttling(before: Dict[str, Any], after: Dict[str, Any]) -> List[str]:
 
 
 def _write_samples(session: Session, work_dir: str) -> Dict[str, Any]:
-    folder = os.path.join(work_dir, "outputs")
-    os.makedirs(folder, exist_ok=True)
+    folder = outputs.outputs_folder(work_dir)
     path = os.path.join(folder, "samples-{}-{}.safetensors".format(os.getpid(), clock_ns()))
     with tensors.TensorWriter(path) as writer:
         for entrant in session.entrants:

@@ -4,7 +4,7 @@ import os
 import time
 from typing import Any, Callable, Dict, List
 
-from jetway.tasks.on_device import errors, machine, onnxruntime_engine, passport, tensors
+from jetway.tasks.on_device import errors, machine, onnxruntime_engine, outputs, passport, tensors
 from jetway.tasks.on_device.errors import DeviceError
 from jetway.tasks.on_device.onnxruntime_engine import OnnxRuntimeSession
 
@@ -20,37 +20,31 @@ def run(request: Dict[str, Any], progress: Callable[[Dict[str, Any]], None]) -> 
     that an earlier build made from the same is used again when it still is what its passport says.
     """
     onnxruntime_engine.import_engine()
-    folder = os.path.join(request["work_dir"], "engines")
-    os.makedirs(folder, exist_ok=True)
+    folder = outputs.engines_folder(request["work_dir"])
     key = passport.build_key(request["onnx_sha256"], request["threads"])
     engine_path = os.path.join(folder, key + ".engine")
     reused = passport.is_sound(engine_path)
-    if not reused:
-        _check_onnx(request)
+    if reused:
+        passport.touch(engine_path)
+    else:
         _build(request, engine_path, progress)
     return {"engine": engine_path, "passport": passport.read(engine_path), "reused": reused}
 
 
-def _check_onnx(request: Dict[str, Any]) -> None:
-    if passport.file_sha256(request["onnx"]) != request["onnx_sha256"]:
-        raise DeviceError(
-            "{} is corrupt: it does not match its sha256. Run again to send it anew.".format(request["onnx"]),
-            errors.BAD_REQUEST,
-        )
-
-
 def _build(request: Dict[str, Any], engine_path: str, progress: Callable[[Dict[str, Any]], None]) -> None:
-    """Under a temporary name until the engine has been loaded and has run; the passport goes first."""
-    temporary = engine_path + ".part"
+    """In the job's own folder until the engine has been loaded and has run; then the passport goes first."""
+    temporary = outputs.scratch_path("engine.part")
     _check_disk(request["onnx"], os.path.dirname(engine_path))
     started = time.monotonic()
     try:
+        options = onnxruntime_engine.load_options(request["threads"])
         progress({"done": 0, "total": 3, "text": "optimizing the graph"})
         onnxruntime_engine.build(request["onnx"], temporary, request["threads"])
         build_s = time.monotonic() - started
         progress({"done": 1, "total": 3, "text": "loading the engine and running it once"})
-        inputs = tensors.read_tensors(request["inputs"])
-        OnnxRuntimeSession(temporary, request["threads"]).run_checked(inputs)
+        session = OnnxRuntimeSession(temporary, options)
+        inputs = session.inputs_of(tensors.read_tensors(request["inputs"]))
+        session.run_checked(inputs)
         progress({"done": 2, "total": 3, "text": "listing its operators"})
         costs = onnxruntime_engine.operator_costs(temporary, request["threads"], inputs)
         passport.write(engine_path, describe(request, temporary, build_s, costs))

@@ -4,7 +4,7 @@ import os
 import time
 from typing import Any, Callable, Dict, Iterator, Tuple
 
-from jetway.tasks.on_device import errors, passport, tensors
+from jetway.tasks.on_device import errors, outputs, passport, tensors
 from jetway.tasks.on_device.errors import DeviceError
 from jetway.tasks.on_device.onnxruntime_engine import OnnxRuntimeSession
 
@@ -22,23 +22,23 @@ def run(request: Dict[str, Any], progress: Callable[[Dict[str, Any]], None]) -> 
     first dimension the samples. Batches are as large as the engine's own; the last one is filled up by
     repeating its last sample, and what that gives is dropped.
     """
-    passport.check(request["engine"]["path"], request["engine"]["sha256"])
-    session = OnnxRuntimeSession(request["engine"]["path"], request["threads"])
+    engine = request["engine"]
+    options = passport.check(engine["path"], engine["sha256"])["load_options"]
+    session = OnnxRuntimeSession(engine["path"], options)
     started = time.monotonic()
-    outputs, samples = [], 0
+    files, samples = [], 0
     for index, path in enumerate(request["inputs"]):
         progress({"done": index, "total": len(request["inputs"]), "text": "{} samples done".format(samples)})
-        arrays = tensors.read_tensors(path)
+        arrays = session.inputs_of(tensors.read_tensors(path))
         output_path = _output_path(request, index)
         samples += evaluate_file(session, arrays, output_path)
-        outputs.append({"path": output_path, "sha256": passport.file_sha256(output_path)})
-    return {"outputs": outputs, "samples": samples, "seconds": time.monotonic() - started}
+        files.append({"path": output_path, "sha256": passport.file_sha256(output_path)})
+    return {"outputs": files, "samples": samples, "seconds": time.monotonic() - started}
 
 
 def _output_path(request: Dict[str, Any], index: int) -> str:
-    folder = os.path.join(request["work_dir"], "outputs")
-    os.makedirs(folder, exist_ok=True)
-    return os.path.join(folder, "outputs-{}-{}.safetensors".format(os.getpid(), index))
+    folder = outputs.outputs_folder(request["work_dir"])
+    return os.path.join(folder, "outputs-{}-{}-{}.safetensors".format(os.getpid(), time.time(), index))
 
 
 def evaluate_file(session: OnnxRuntimeSession, arrays: Arrays, output_path: str) -> int:

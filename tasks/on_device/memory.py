@@ -14,14 +14,14 @@ RUNS = 5
 CHILD = "from jetway.tasks.on_device import memory; memory.main()"
 
 
-def peak_of(entry: Dict[str, Any], threads: int) -> Dict[str, Any]:
+def peak_of(entry: Dict[str, Any]) -> Dict[str, Any]:
     """Memory of a process that runs the engine, in MiB.
 
     ``peak`` is all that a device must hold: the interpreter, numpy, the runtime, the engine and its buffers.
     ``engine`` is what loading and running the engine added to that.
     """
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path))
-    command = [sys.executable, "-c", CHILD, json.dumps({"entry": entry, "threads": threads})]
+    command = [sys.executable, "-c", CHILD, json.dumps(entry)]
     child = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
     )
@@ -37,12 +37,11 @@ def peak_of(entry: Dict[str, Any], threads: int) -> Dict[str, Any]:
 
 def main() -> None:
     """The child's whole life: measure, print one JSON object."""
-    request = json.loads(sys.argv[1])
-    entry = request["entry"]
+    entry = json.loads(sys.argv[1])
     import_engine()
-    inputs = tensors.read_tensors(entry["inputs"])
     before = machine.process_memory_mib()["now"]
-    session = OnnxRuntimeSession(entry["path"], request["threads"])
+    session = OnnxRuntimeSession(entry["path"], entry["load_options"])
+    inputs = session.inputs_of(tensors.read_tensors(entry["inputs"]))
     for _ in range(RUNS):
         session.run_checked(inputs)
     peak = machine.process_memory_mib()["peak"]

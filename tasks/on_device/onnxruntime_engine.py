@@ -82,11 +82,14 @@ def build(onnx_path: str, engine_path: str, threads: int) -> None:
 
 
 class OnnxRuntimeSession:
-    """A loaded engine. Construction loads it; ``run`` may be called any number of times."""
+    """A loaded engine. Construction loads it; ``run`` may be called any number of times.
 
-    def __init__(self, path: str, threads: int, options: Optional[Dict[str, Any]] = None) -> None:
+    ``options`` are ``load_options``, as they stand in its passport.
+    """
+
+    def __init__(self, path: str, options: Dict[str, Any]) -> None:
         ort = import_engine()
-        native = _native_options(options or load_options(threads))
+        native = _native_options(options)
         try:
             self._session = ort.InferenceSession(path, native, providers=PROVIDERS)
         except Exception as exc:
@@ -106,14 +109,19 @@ class OnnxRuntimeSession:
         outputs = self._session.run(None, inputs)  # type: List[Any]
         return outputs
 
-    def run_checked(self, inputs: Dict[str, Any]) -> List[Any]:
-        """``run`` with errors that name what is wrong with the inputs."""
-        if set(inputs) != set(self.input_shapes):
+    def inputs_of(self, arrays: Dict[str, Any]) -> Dict[str, Any]:
+        """The arrays that the engine takes; an input that the network does not use is not in its graph."""
+        missing = sorted(set(self.input_shapes) - set(arrays))
+        if missing:
             raise DeviceError(
-                "The engine takes the inputs {}, but was given {}. Export the network again with the "
-                "workload's example_inputs.".format(sorted(self.input_shapes), sorted(inputs)),
+                "The engine takes the inputs {}, and {} were not given. Name them in the workload's "
+                "example_inputs.".format(sorted(self.input_shapes), missing),
                 errors.BAD_REQUEST,
             )
+        return {name: arrays[name] for name in self.input_shapes}
+
+    def run_checked(self, inputs: Dict[str, Any]) -> List[Any]:
+        """``run`` with an error that shows the inputs."""
         try:
             return self.run(inputs)
         except Exception as exc:
@@ -194,7 +202,7 @@ def operator_costs(engine_path: str, threads: int, inputs: Dict[str, Any]) -> Li
     options["config_entries"] = dict(CONFIG_ENTRIES, **{"session.disable_prepacking": "1"})
     native = _native_options(options)
     native.enable_profiling = True
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=os.curdir) as folder:
         native.profile_file_prefix = os.path.join(folder, "profile")
         session = import_engine().InferenceSession(engine_path, native, providers=PROVIDERS)
         session.run(None, inputs)

@@ -63,6 +63,12 @@ def read(engine_path: str) -> Optional[Dict[str, Any]]:
     return passport if isinstance(passport, dict) else None
 
 
+def touch(engine_path: str) -> None:
+    """Marks the engine as in use, which keeps it from being swept away."""
+    for path in (engine_path, passport_path(engine_path)):
+        os.utime(path)
+
+
 def is_sound(engine_path: str) -> bool:
     """Whether the engine is there, is what its passport says, and was built for this machine."""
     passport = read(engine_path)
@@ -77,8 +83,8 @@ def is_sound(engine_path: str) -> bool:
 def check(engine_path: str, expected_sha256: str) -> Dict[str, Any]:
     """The passport of an engine that may be loaded here: intact, and built for this machine.
 
-    Raises DeviceError: bad_request when it is gone, failed when it is corrupt, mismatch when it was built
-    elsewhere.
+    Raises DeviceError: bad_request when it is gone, corrupt when its digest is another, mismatch when it was
+    built elsewhere.
     """
     if not os.path.exists(engine_path):
         raise DeviceError(
@@ -89,7 +95,8 @@ def check(engine_path: str, expected_sha256: str) -> Dict[str, Any]:
     if digest != expected_sha256:
         raise DeviceError(
             "The engine {} is corrupt: its sha256 is {}, not {}. It was not loaded. Run again: it is built "
-            "anew.".format(engine_path, digest[:12], expected_sha256[:12])
+            "anew.".format(engine_path, digest[:12], expected_sha256[:12]),
+            errors.CORRUPT,
         )
     passport = read(engine_path)
     if passport is None:

@@ -9,6 +9,7 @@ import os
 import struct
 from typing import Any, Dict, Iterator, List, Tuple
 
+from jetway.tasks.on_device import outputs
 from jetway.tasks.on_device.errors import BAD_REQUEST, DeviceError
 
 NUMPY_NAMES = {
@@ -92,7 +93,7 @@ class TensorWriter:
         self.path = path
         self._header = {}  # type: Dict[str, Any]
         self._offset = 0
-        self._data_path = path + ".data"
+        self._data_path = outputs.scratch_path(os.path.basename(path) + ".data")
         self._data = None  # type: Any
 
     def __enter__(self) -> "TensorWriter":
@@ -115,7 +116,7 @@ class TensorWriter:
         self._offset += len(data)
 
     def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
-        temporary = self.path + ".part"
+        temporary = outputs.scratch_path(os.path.basename(self.path) + ".part")
         try:
             if exc_type is None:
                 self._data.seek(0)

@@ -1,0 +1,149 @@
+"""Stage ``benchmark``: every variant of a target in one session, in interleaved slices, beside a canary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from safetensors.numpy import load_file
+
+from jetway.configs.schema import BenchmarkConfig, BuildConfig, Target
+from jetway.tasks.artifacts import Engine, Tensors
+from jetway.tasks.canary import canary_inputs, canary_onnx
+from jetway.tasks.measurement import BenchmarkResult, LatencySummary, MachineState, measure_variants
+from jetway.tasks.remote import (
+    RETRIES,
+    RETRY_DELAYS_S,
+    build_on_target,
+    example_inputs,
+    is_unreachable,
+    push_handle,
+    relay,
+)
+from jetway.tasks.results import Validity
+from jetway.tasks.stage import StageContext, stage_seed
+from jetway.tasks.target.session import TargetSession, open_target
+
+CANARY = "canary"
+# Share of the time limit after which a session closes with what it has, and says so, rather than be killed.
+SESSION_SHARE = 0.8
+
+
+def benchmark_engines(
+    context: StageContext,
+    session: TargetSession,
+    engines: Mapping[str, Engine],
+    config: BenchmarkConfig,
+) -> BenchmarkResult:
+    """Measures the engines, by variant name, side by side; ratios refer to the first.
+
+    Raises TargetMismatchError for an engine that was built on another machine. A session that drifted or ran
+    out of time is returned with the reasons in its validity, not raised.
+    """
+    request = _request(context, session, engines, config)
+    result = session.run_job(
+        "benchmark",
+        request,
+        timeout_s=config.timeout_s,
+        on_progress=relay(context.progress, f"benchmark on {session.target.name}"),
+    )
+    samples = _pull_samples(context, session, engines, result["samples"])
+    return _measure(context, session, tuple(engines), samples, result)
+
+
+def _request(
+    context: StageContext, session: TargetSession, engines: Mapping[str, Engine], config: BenchmarkConfig
+) -> dict[str, Any]:
+    inputs = push_handle(context, session, example_inputs(context))
+    threads = next(iter(engines.values())).metadata["threads"]
+    limits = config.model_dump(mode="json", exclude={"revision", "timeout_s"})
+    return {
+        **limits,
+        "engines": [_entry(engine, inputs, name) for name, engine in engines.items()],
+        "canary": _canary_entry(context, session, threads),
+        "max_duration_s": config.timeout_s * SESSION_SHARE,
+        "seed": stage_seed(context.seed, "benchmark"),
+    }
+
+
+def _entry(engine: Engine, remote_inputs: str, name: str) -> dict[str, str]:
+    return {
+        "name": name,
+        "path": engine.metadata["remote_path"],
+        "sha256": engine.sha256,
+        "inputs": remote_inputs,
+    }
+
+
+def _canary_entry(context: StageContext, session: TargetSession, threads: int) -> dict[str, str]:
+    inputs = canary_inputs(context.store)
+    engine = build_on_target(
+        context,
+        session,
+        canary_onnx(context.store),
+        inputs,
+        BuildConfig(threads=threads),
+        stage=f"benchmark on {session.target.name}",
+    )
+    return _entry(engine, push_handle(context, session, inputs), CANARY)
+
+
+def _pull_samples(
+    context: StageContext, session: TargetSession, engines: Mapping[str, Engine], remote: Mapping[str, Any]
+) -> Tensors:
+    with context.store.scratch() as folder:
+        path = folder / "samples.safetensors"
+        session.pull(remote["path"], path, sha256=remote["sha256"])
+        return context.store.add(Tensors, path, parents=tuple(engine.sha256 for engine in engines.values()))
+
+
+def _measure(
+    context: StageContext,
+    session: TargetSession,
+    names: tuple[str, ...],
+    handle: Tensors,
+    result: Mapping[str, Any],
+) -> BenchmarkResult:
+    samples = load_file(context.store.open(handle))
+    batch_size = next(iter(context.workload.example_inputs().values())).shape[0]
+    reasons = tuple(result["reasons"])
+    return BenchmarkResult(
+        target=session.target.name,
+        variants=measure_variants(
+            samples,
+            names,
+            memory=result["memory"],
+            drift_ratios=result["drift_ratios"],
+            batch_size=batch_size,
+            seed=result["seed"],
+        ),
+        validity=Validity(valid=not reasons, reasons=reasons),
+        samples=handle,
+        canary=LatencySummary.of(samples[f"{CANARY}.latency_ns"], samples[f"{CANARY}.round"]),
+        canary_drift_ratio=result["drift_ratios"][CANARY],
+        rounds=result["rounds"],
+        extensions=result["extensions"],
+        slice_s=result["slice_s"],
+        seed=result["seed"],
+        machine_before=MachineState.model_validate(result["machine_before"]),
+        machine_after=MachineState.model_validate(result["machine_after"]),
+        boot_id=result["boot_id"],
+    )
+
+
+@task(
+    name="benchmark",
+    task_run_name="benchmark on {target.name}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS_S,
+    retry_condition_fn=is_unreachable,
+)
+def benchmark(
+    context: StageContext, target: Target, engines: dict[str, Engine], config: BenchmarkConfig
+) -> BenchmarkResult:
+    with context.timed(f"benchmark on {target.name}"), open_target(target) as session:
+        return benchmark_engines(context, session, engines, config)

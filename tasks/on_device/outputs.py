@@ -1,0 +1,34 @@
+"""Where verbs leave files in the work folder, and for how long.
+
+A job's current folder is its own and goes when the job does, however it ends: unfinished files belong there.
+"""
+
+import os
+import time
+
+OUTPUTS_KEPT_S = 24 * 3600.0
+ENGINES_KEPT_S = 30 * 24 * 3600.0
+
+
+def outputs_folder(work_dir: str) -> str:
+    """For results that the host pulls at once."""
+    return _folder(work_dir, "outputs", OUTPUTS_KEPT_S)
+
+
+def engines_folder(work_dir: str) -> str:
+    """For engines, which later builds use again."""
+    return _folder(work_dir, "engines", ENGINES_KEPT_S)
+
+
+def scratch_path(name: str) -> str:
+    return os.path.abspath(name)
+
+
+def _folder(work_dir: str, name: str, kept_s: float) -> str:
+    """Makes the folder, and removes what nobody has touched for ``kept_s``."""
+    folder = os.path.join(work_dir, name)
+    os.makedirs(folder, exist_ok=True)
+    for entry in list(os.scandir(folder)):
+        if entry.is_file() and time.time() - entry.stat().st_mtime > kept_s:
+            os.unlink(entry.path)
+    return folder

@@ -1,0 +1,109 @@
+"""What the stages that work on a target share: inputs for it, builds, and when to try again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import Task
+from safetensors.torch import save_file
+
+from jetway.configs.schema import BuildConfig
+from jetway.tasks.artifacts import Engine, Handle, OnnxModel, Tensors
+from jetway.tasks.errors import TargetUnreachableError
+from jetway.tasks.stage import Progress, StageContext, seed_everything, stage_seed
+from jetway.tasks.target.session import TargetSession
+from jetway.tasks.workload import Inputs
+
+#: Attempts after a lost connection, and the seconds before each.
+RETRIES = 3
+RETRY_DELAYS_S = [2.0, 8.0, 30.0]
+
+
+def is_unreachable(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether a task failed for the one reason that a retry may help with."""
+    try:
+        state.result()
+    except TargetUnreachableError:
+        return True
+    except Exception:
+        return False
+    return False
+
+
+def relay(progress: Progress, stage: str) -> Callable[[dict[str, Any]], None]:
+    """Hands the target's progress lines on as the host's."""
+
+    def on_progress(line: dict[str, Any]) -> None:
+        progress(stage, line.get("done", 0.0), line.get("total", 1.0), line.get("text", ""))
+
+    return on_progress
+
+
+def push_handle(context: StageContext, session: TargetSession, handle: Handle) -> str:
+    """The handle's file on the target, checked on both sides."""
+    return session.push(handle, context.store.open(handle))
+
+
+def save_inputs(context: StageContext, inputs: Inputs) -> Tensors:
+    """Named inputs as a file in the store. The same inputs give the same file."""
+    with context.store.scratch() as folder:
+        path = folder / "inputs.safetensors"
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in inputs.items()}, path)
+        return context.store.add(Tensors, path)
+
+
+def example_inputs(context: StageContext) -> Tensors:
+    """The workload's example inputs, drawn from the recipe's seed."""
+    seed_everything(stage_seed(context.seed, "example_inputs"))
+    return save_inputs(context, context.workload.example_inputs())
+
+
+def build_on_target(
+    context: StageContext,
+    session: TargetSession,
+    onnx: OnnxModel,
+    inputs: Tensors,
+    config: BuildConfig,
+    *,
+    stage: str,
+) -> Engine:
+    """Builds the ONNX file on the target, or finds what an earlier build made of it, and pulls the engine.
+
+    The engine's metadata is its passport, plus ``remote_path``, ``reused`` and ``target``.
+    """
+    request = {
+        "onnx": push_handle(context, session, onnx),
+        "onnx_sha256": onnx.sha256,
+        "inputs": push_handle(context, session, inputs),
+        "threads": config.threads,
+        "provenance": {"parents": list(onnx.parents), "metadata": onnx.metadata},
+    }
+    result = session.run_job(
+        "build", request, timeout_s=config.timeout_s, on_progress=relay(context.progress, stage)
+    )
+    return _pull_engine(context, session, onnx, result)
+
+
+def _pull_engine(
+    context: StageContext, session: TargetSession, onnx: OnnxModel, result: Mapping[str, Any]
+) -> Engine:
+    passport = result["passport"]
+    engine = Engine(
+        sha256=passport["engine_sha256"],
+        size_bytes=passport["engine_size_bytes"],
+        parents=(onnx.sha256,),
+        metadata={
+            **passport,
+            "remote_path": result["engine"],
+            "reused": result["reused"],
+            "target": session.target.name,
+        },
+    )
+    if not context.store.has(engine):
+        with context.store.scratch() as folder:
+            path = folder / "pulled.engine"
+            session.pull(result["engine"], path, sha256=engine.sha256)
+            context.store.add(Engine, path)
+    return engine.model_copy(update={"uri": context.store.path_of(engine).as_uri()})

@@ -1,0 +1,134 @@
+"""Percentiles, and 95 % intervals by bootstrap over the units that are independent: rounds, and samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jetway.tasks.results import Interval
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.integer[Any]]
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+# A workload's own summarize may be slow (a mean average precision), and is called once a resample.
+SUMMARIZE_RESAMPLES = 200
+
+#: Fewest queries that support a percentile at 99 % confidence when one query may be over the latency: early
+#: stopping of LoadGen (MLPerf Inference rules) with d = 0, c = 0.99, t = 1. Ten are enough for a median.
+MIN_QUERIES = {50: 10, 90: 64, 95: 130, 99: 662}
+
+
+def percentile(values: Floats | Integers, percent: float) -> float:
+    """Nearest rank: the smallest of the values that at least ``percent`` of them do not exceed."""
+    return float(np.percentile(values, percent, method="inverted_cdf"))
+
+
+def supports(count: int, percent: int) -> bool:
+    """Whether so many queries are evidence enough for the percentile."""
+    return count >= MIN_QUERIES[percent]
+
+
+def round_medians(latencies: Integers, rounds: Integers) -> Floats:
+    """Median latency of each round, in the order of the rounds."""
+    starts = np.flatnonzero(np.diff(rounds, prepend=-1))
+    return np.array([np.median(part) for part in np.split(latencies, starts[1:])], dtype=np.float64)
+
+
+def paired_ratio(medians: Floats, base: Floats, *, seed: int) -> tuple[float, Interval]:
+    """Median over the rounds of ``medians / base``, with its interval.
+
+    Both ran in every round, so what slows a round slows both, and only the ratio of one round with itself is
+    taken. The interval covers this session's noise, not what loading the engines anew would change.
+    """
+    ratios = medians / base
+    picks = np.random.default_rng(seed).integers(len(ratios), size=(RESAMPLES, len(ratios)))
+    return float(np.median(ratios)), _interval(np.median(ratios[picks], axis=1))
+
+
+def percentile_intervals(
+    latencies: Integers, rounds: Integers, percents: Sequence[int], *, seed: int
+) -> dict[int, Interval]:
+    """Interval of each percentile of the latencies, in their own unit, by bootstrap over rounds."""
+    order = np.argsort(latencies, kind="stable")
+    ordered, round_of = latencies[order], rounds[order]
+    count = int(rounds.max()) + 1
+    draws = np.random.default_rng(seed).multinomial(
+        count, np.full(count, 1 / count), size=SUMMARIZE_RESAMPLES
+    )
+    found = np.array([_weighted_percentiles(ordered, draw[round_of], percents) for draw in draws])
+    return {percent: _interval(found[:, i]) for i, percent in enumerate(percents)}
+
+
+def _weighted_percentiles(ordered: Integers, weights: Integers, percents: Sequence[int]) -> Floats:
+    cumulative = np.cumsum(weights)
+    ranks = np.ceil(np.array(percents) / 100 * cumulative[-1])
+    return np.asarray(ordered[np.searchsorted(cumulative, ranks)], dtype=np.float64)
+
+
+def paired_drop(
+    baseline: Sequence[Mapping[str, Any]],
+    records: Sequence[Mapping[str, Any]],
+    summarize: Callable[[Sequence[Any]], Mapping[str, float]],
+    metric: str,
+    *,
+    higher_is_better: bool = True,
+    seed: int = 0,
+) -> tuple[float, Interval]:
+    """What a metric lost against the baseline on the same samples (above 0 is worse), with its interval.
+
+    Bootstrap over samples, the same ones on both sides. Metrics that are means of their records are
+    resampled as means; any other goes through ``summarize`` of the workload each time.
+    """
+    if len(baseline) != len(records):
+        raise ValueError(f"{len(baseline)} and {len(records)} records are not of the same samples")
+    sign = 1.0 if higher_is_better else -1.0
+    drop = sign * (summarize(baseline)[metric] - summarize(records)[metric])
+    rng = np.random.default_rng(seed)
+    if _is_mean(baseline, summarize, metric) and _is_mean(records, summarize, metric):
+        differences = sign * (_column(baseline, metric) - _column(records, metric))
+        return drop, _interval(_resampled_means(differences, rng))
+    return drop, _interval(_resampled_drops(baseline, records, summarize, metric, rng) * sign)
+
+
+def _is_mean(records: Sequence[Mapping[str, Any]], summarize: Callable[..., Any], metric: str) -> bool:
+    if not all(isinstance(record.get(metric), (int, float)) for record in records):
+        return False
+    return math.isclose(float(np.mean(_column(records, metric))), summarize(records)[metric], abs_tol=1e-12)
+
+
+def _column(records: Sequence[Mapping[str, Any]], metric: str) -> Floats:
+    return np.array([record[metric] for record in records], dtype=np.float64)
+
+
+def _resampled_means(values: Floats, rng: np.random.Generator) -> Floats:
+    """One resample at a time: a large data set times all resamples would not fit in memory."""
+    size = len(values)
+    return np.array([values[rng.integers(size, size=size)].mean() for _ in range(RESAMPLES)])
+
+
+def _resampled_drops(
+    baseline: Sequence[Any],
+    records: Sequence[Any],
+    summarize: Callable[[Sequence[Any]], Mapping[str, float]],
+    metric: str,
+    rng: np.random.Generator,
+) -> Floats:
+    drops = []
+    for _ in range(SUMMARIZE_RESAMPLES):
+        picks = rng.integers(len(records), size=len(records))
+        before = summarize([baseline[i] for i in picks])[metric]
+        after = summarize([records[i] for i in picks])[metric]
+        drops.append(before - after)
+    return np.array(drops)
+
+
+def _interval(values: Floats) -> Interval:
+    tail = (1 - CONFIDENCE) / 2 * 100
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)
