@@ -105,6 +105,10 @@ def trace_dependencies(network: nn.Module, inputs: Inputs, output_names: Sequenc
             example_inputs=inputs,
             forward_fn=lambda module, given: _marked_outputs(call_network(module, given, output_names)),
         )
+    for node in graph.module2node.values():
+        # It takes any split behind a three-dimensional parameter for one of tokens.
+        if node.type == OPTYPE.SPLIT:
+            node.enable_index_mapping = True
     return graph
 
 
@@ -121,7 +125,7 @@ def find_candidates(
             continue
         group = _attention_from_its_end(graph, group, network)
         scores = importance(group)
-        count = max((blocks.get(name, 1) for name in members), default=1)
+        count = max([1, *(blocks[name] for name in _blocked(graph, group, blocks))])
         if scores is not None and len(scores) % count == 0:
             found.append(_candidate(graph, group, members, count, scores))
     return found
@@ -191,7 +195,7 @@ def _marked_outputs(outputs: Outputs) -> list[Tensor]:
     if not marked:
         raise PruningError(
             "The network's outputs carry no gradient, so its layers cannot be traced. "
-            "Take torch.no_grad(), detach() and argmax out of forward; post-processing belongs in score_sample."
+            "Take torch.no_grad(), detach() and argmax out of forward; they belong in score_sample."
         )
     return marked
 
@@ -203,6 +207,14 @@ def _members(graph: Any, group: Any) -> Iterator[str]:
         if dep.target.type == OPTYPE.PARAMETER:
             yield graph._param_to_name[dep.target.module]
         elif isinstance(dep.target.module, nn.Module) and dep.target.module in graph._module2name:
+            yield graph._module2name[dep.target.module]
+
+
+def _blocked(graph: Any, group: Any, blocks: Mapping[str, int]) -> Iterator[str]:
+    """Layers of the group that want equal blocks, a grouped convolution among them also by its inputs."""
+    yield from (name for name in _members(graph, group) if name in blocks)
+    for dep, _ in group:
+        if isinstance(dep.target.module, _ConvNd) and graph._module2name[dep.target.module] in blocks:
             yield graph._module2name[dep.target.module]
 
 
@@ -237,7 +249,7 @@ def _allowed_channels(candidate: Candidate, wanted: float, limits: Limits) -> in
 
 
 def _global_threshold(candidates: Sequence[Candidate], ratio: float, limits: Limits) -> float:
-    """Score of the least important channel to keep, over all groups; scores are relative to a group's mean."""
+    """Score of the least important channel to keep, over all groups; scores are relative to their mean."""
     scores = torch.cat([c.scores.repeat(c.blocks) for c in candidates])
     kept = round(sum(limits.initial[c.root] for c in candidates) * (1 - ratio))
     ranked = scores.sort(descending=True).values
@@ -364,8 +376,8 @@ def _failures_named(network: nn.Module, what: str) -> Iterator[None]:
         where = f"module {entered[-1]!r}" if entered and entered[-1] else "the network's forward"
         raise PruningError(
             f"The network {what}: {where} raises {type(exc).__name__}: {exc}. If it uses a fixed number of "
-            "channels (view(n, 64)), take it from the tensor (flatten, shape); or add the module, and those it "
-            "takes its input from, to prune.ignored_layers."
+            "channels (view(n, 64)), take it from the tensor (flatten, shape); or add the module, and those "
+            "that it takes its input from, to prune.ignored_layers."
         ) from exc
     finally:
         for handle in handles:

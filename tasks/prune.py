@@ -45,7 +45,7 @@ logger = logging.getLogger("jetway")
 
 TAYLOR_BATCH_SIZE = 64
 
-# Halvings of the ratio when a target is searched: the ratio found is within 0.001 of the smallest that will do.
+# Halvings of the ratio when a target is searched: the one found is within 0.001 of the smallest.
 _SEARCH_STEPS = 10
 
 
@@ -156,8 +156,8 @@ class _Pruner:
         candidates = find_candidates(self.network, graph, importance, self.ignored)
         if not candidates:
             raise PruningError(
-                f"Nothing can be pruned by importance {self.config.importance}: every group of layers is ignored, "
-                "makes an output, or has nothing to rank by. Ignore fewer layers, or use importance l2."
+                f"Nothing can be pruned by importance {self.config.importance}: every group of layers is "
+                "ignored, makes an output, or has nothing to rank by. Ignore fewer layers, or use l2."
             )
         for candidate in candidates:
             self.initial.setdefault(candidate.root, candidate.channels)
@@ -191,8 +191,9 @@ class _Pruner:
         changed = [name for name, output in outputs.items() if output.shape != self.outputs[name].shape]
         if changed:
             raise PruningError(
-                f"Pruning changed the shape of {changed[0]!r} from {tuple(self.outputs[changed[0]].shape)} to "
-                f"{tuple(outputs[changed[0]].shape)}. Add the layers that make it to prune.ignored_layers."
+                f"Pruning changed the shape of output {changed[0]!r} from "
+                f"{tuple(self.outputs[changed[0]].shape)} to {tuple(outputs[changed[0]].shape)}. "
+                "Add the layers that make it to prune.ignored_layers."
             )
 
     def _reload(self) -> None:
@@ -203,8 +204,8 @@ class _Pruner:
         expected, found = self._call(self.network), self._call(rebuilt)
         if not all(torch.allclose(expected[name], found[name], equal_nan=True) for name in expected):
             raise PruningError(
-                "The pruned network does not give the same outputs when it is rebuilt: it keeps state that is "
-                "neither a tensor nor a plain attribute. Move it into a buffer or a number of the module."
+                "The pruned network does not give the same outputs when it is rebuilt: it keeps state that "
+                "is neither a tensor nor a plain attribute. Make it a buffer or a number of its module."
             )
         self.network = rebuilt
 
@@ -218,9 +219,9 @@ def _smallest_ratio(macs_ratio: Callable[[float], float], wanted: float) -> floa
     closest = macs_ratio(high)
     if closest > wanted:
         raise PruningError(
-            f"prune.target_macs_ratio asks for {wanted:.3f} of the MACs, but the most that can be pruned leaves "
-            f"{closest:.3f}. Raise the target or prune.max_pruning_ratio, lower prune.round_to, or ignore fewer "
-            "layers."
+            f"prune.target_macs_ratio asks for {wanted:.3f} of the MACs, but the most that can be pruned "
+            f"leaves {closest:.3f}. Raise the target or prune.max_pruning_ratio, lower prune.round_to, or "
+            "ignore fewer layers."
         )
     for _ in range(_SEARCH_STEPS):
         middle = (low + high) / 2
