@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from jetway.configs.load import load_recipe, load_target
 from jetway.tasks.errors import JetwayError
 
 INTERRUPTED = 130
+STARTED_S = time.monotonic()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,9 +42,14 @@ def run(options: argparse.Namespace) -> int:
     recipe, path = load_recipe(options.recipe, options.set)
     for name in options.target or recipe.targets:
         load_target(name, near=path)
+    from jetway.flows.server import start_server
+
+    server = start_server()
     from jetway.flows.run import run_deploy
 
-    return run_deploy(options.recipe, options.target or None, options.set, as_json=options.json)
+    return run_deploy(
+        server, options.recipe, options.target, options.set, as_json=options.json, started_s=STARTED_S
+    )
 
 
 def check(options: argparse.Namespace) -> int:
@@ -57,15 +64,17 @@ def check(options: argparse.Namespace) -> int:
 
 def probe(options: argparse.Namespace) -> int:
     target = load_target(options.target)
-    from jetway.flows.check import probe_summary
+    from jetway.flows.check import print_target
 
-    return probe_summary(target, as_json=options.json)
+    print_target(target, as_json=options.json)
+    return 0
 
 
 def show(options: argparse.Namespace) -> int:
     from jetway.flows.show import show_run
 
-    return show_run(options.run, as_json=options.json)
+    show_run(options.run, as_json=options.json)
+    return 0
 
 
 def trust(options: argparse.Namespace) -> int:
@@ -115,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("target", help="name of a target, or its YAML file")
     _json_argument(sub)
     sub = command("show", show, "print the stage table of a finished run")
-    sub.add_argument("run", help="MLflow run id or the start of one, or 'last'")
+    sub.add_argument("run", help="MLflow run id or the start of one, or 'latest'")
     _json_argument(sub)
     sub = command("trust", trust, "show a target's host key and record it")
     sub.add_argument("target", help="name of a target, or its YAML file")

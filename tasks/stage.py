@@ -73,6 +73,7 @@ class StageContext:
         threads: int | None = None,
         index: StageIndex | None = None,
         progress: Progress = no_progress,
+        on_finish: Callable[[FinishedStage], None] | None = None,
         work_dir: Path | None = None,
     ) -> None:
         self.workload = workload
@@ -82,10 +83,11 @@ class StageContext:
         self.threads = threads or os.cpu_count() or 1
         self.index = index
         self.progress = progress
+        self.on_finish = on_finish
         #: Folder for what a stage needs to resume after a kill; it outlives the process, not the stage.
         self.work_dir = work_dir or jetway_home() / "work" / "unkeyed"
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        #: Stages in the order in which they finished, for the terminal and the JSON.
+        #: Stages in the order in which they finished.
         self.finished: list[FinishedStage] = []
 
     def for_stage(self, key: str) -> StageContext:
@@ -102,7 +104,10 @@ class StageContext:
         self.finish(stage, started, cached=False)
 
     def finish(self, stage: str, started_s: float, *, cached: bool) -> None:
-        self.finished.append(FinishedStage(stage, started_s, time.monotonic(), cached))
+        ended = FinishedStage(stage, started_s, time.monotonic(), cached)
+        self.finished.append(ended)
+        if self.on_finish:
+            self.on_finish(ended)
 
 
 def stage_key(context: StageContext, stage: str, inputs: Sequence[Handle], section: Section) -> str:

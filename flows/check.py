@@ -1,0 +1,65 @@
+"""``jetway check``, ``probe`` and ``trust``: what a target is, before anything is done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from jetway.configs.schema import Recipe, Target
+from jetway.flows.pipeline import Observer, make_context
+from jetway.tasks.preflight import TargetInfo, check_target, probe_target
+from jetway.tasks.target.session import open_target
+from jetway.tasks.target.trust import fetch_host_key, record_host_key
+from jetway.tasks.workload import check_workload
+
+
+def check_recipe(recipe: Recipe, path: Path, targets: Sequence[Target]) -> None:
+    """Raises what a run would raise before it trains anything."""
+    check_workload(make_context(recipe, path, Observer()).workload)
+    for target in targets:
+        check_target(recipe, target, probe(target))
+
+
+def probe(target: Target) -> TargetInfo:
+    with open_target(target) as session:
+        return probe_target(session)
+
+
+def print_target(target: Target, *, as_json: bool) -> None:
+    info = probe(target)
+    if as_json:
+        print(info.model_dump_json(indent=1))
+        return
+    table = Table(box=None, show_header=False, title=target.name, title_justify="left")
+    for row in facts(info):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def facts(info: TargetInfo) -> Iterator[tuple[str, str]]:
+    """What a person wants to know of a target, a name and a value each."""
+    yield "machine", info.machine
+    yield "system", f"{info.hostname}, {info.os}, Linux {info.kernel}"
+    if info.l4t:
+        yield "Jetson Linux", info.l4t
+    yield "Python", info.python
+    yield "memory", f"{info.memory_mib.available or 0:.0f} of {info.memory_mib.total or 0:.0f} MiB available"
+    yield "disk", f"{info.free_disk_mib:.0f} MiB free in the work folder"
+    for name, engine in info.engines.items():
+        opset = f", ONNX opset up to {engine.max_opset}" if engine.max_opset else ""
+        yield name, f"{engine.version}{opset}" if engine.available else f"not there: {engine.reason}"
+
+
+def trust_target(target: Target, *, assume_yes: bool) -> int:
+    """Shows the host key's fingerprint, and records it once a person says that it is the right one."""
+    key = fetch_host_key(target)
+    print(f"{key.hostname} shows this {key.kind} host key:\n\n    {key.fingerprint}\n")
+    print("Compare it with what the device itself says: ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub")
+    if not assume_yes and input("Is it the same? [y/N] ").strip().lower() not in {"y", "yes"}:
+        print("Nothing recorded.")
+        return 3
+    print(f"Recorded in {record_host_key(key)}.")
+    return 0

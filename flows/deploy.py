@@ -1,0 +1,144 @@
+"""The deploy flow: from a trained network to engines measured on every target.
+
+    load ─┬─ analyze
+          └─ prune ── finetune ── ptq ── qat                    on the host, reused by content
+                          └────────┴──────┴─ export ── verify      for each variant
+                                               └─ build ── benchmark ── evaluate    on each target
+                                                                └─ compare ── gate
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from prefect import flow
+from prefect.futures import PrefectFuture
+
+from jetway.configs.schema import Precision, Stage, Target
+from jetway.flows.pipeline import Pipeline, open_pipeline
+from jetway.flows.record import Measured, Network, RunResult, conclude, make_rows
+from jetway.flows.server import queue_for
+from jetway.tasks.analyze import analyze
+from jetway.tasks.artifacts import Checkpoint, Engine, OnnxModel, Report
+from jetway.tasks.benchmark import benchmark
+from jetway.tasks.build import build
+from jetway.tasks.compare import compare
+from jetway.tasks.evaluate import evaluate
+from jetway.tasks.export import export
+from jetway.tasks.finetune import finetune
+from jetway.tasks.load import load
+from jetway.tasks.measurement import BenchmarkResult, Evaluation
+from jetway.tasks.lowering import lower
+from jetway.tasks.preflight import TargetInfo, preflight
+from jetway.tasks.prune import prune
+from jetway.tasks.qat import ptq, qat
+from jetway.tasks.verify import verify
+
+
+@flow(name="deploy", flow_run_name="{recipe}", persist_result=False)
+def deploy(
+    recipe: str = "digits", targets: list[str] | None = None, overrides: list[str] | None = None
+) -> RunResult:
+    """Deploys a recipe to its targets, and returns a row for each variant on each of them.
+
+    ``recipe`` is the name of a recipe or its YAML file; ``targets`` replaces the recipe's own; ``overrides``
+    are ``key=value``, as in ``jetway run --set``.
+    """
+    with open_pipeline(recipe, targets, overrides or []) as run:
+        infos = {target.name: preflight(run.context, target, run.recipe) for target in run.targets}
+        networks = make_networks(run)
+        models = {variant: make_model(run, variant, network) for variant, network in networks.items()}
+        with queue(run.targets):
+            sessions = [submit_session(run, target, models) for target in run.targets]
+            measured = [collect(session, infos[session.target.name]) for session in sessions]
+        rows = [row for one in measured for row in make_rows(run, one, networks)]
+        table = run.keep("compare", compare(run.context, rows, run.recipe.gates), Report)
+        return conclude(run, table, measured, networks, models)
+
+
+def make_networks(run: Pipeline) -> dict[str, Network]:
+    """A trained network for each variant of the recipe, in the recipe's order."""
+    context, recipe = run.context, run.recipe
+    baseline = run.keep("load", load(context, run.checkpoint, recipe.train), Checkpoint)
+    analysis = analyze(context, baseline, recipe.analyze)
+    run.keep("analyze", analysis, Report)
+    networks = quantize(run, Stage.BASELINE, Network.of(baseline, analysis), baseline)
+    if run.variants(Stage.PRUNED):
+        pruning = prune(context, baseline, recipe.prune, recipe.finetune)
+        pruned = run.keep("prune", pruning, Checkpoint)
+        tuned = run.keep("finetune", finetune(context, pruned, recipe.finetune, baseline), Checkpoint)
+        networks |= quantize(run, Stage.PRUNED, Network.of(tuned, pruning), baseline)
+    return {variant.name: networks[variant.name] for variant in recipe.variants}
+
+
+def quantize(run: Pipeline, stage: Stage, network: Network, teacher: Checkpoint) -> dict[str, Network]:
+    """The variants of one float network, by name: itself, PTQ, and QAT, which goes on from PTQ."""
+    wanted = {variant.precision for variant in run.variants(stage)}
+    networks = {f"{stage}-{Precision.FP32}": network}
+    if wanted - {Precision.FP32}:
+        calibrated = run.keep(f"{stage}/ptq", ptq(run.context, network.checkpoint, run.recipe.qat), Checkpoint)
+        networks[f"{stage}-{Precision.INT8_PTQ}"] = network.quantized(calibrated)
+    if Precision.INT8_QAT in wanted:
+        trained = run.keep(f"{stage}/qat", qat(run.context, calibrated, run.recipe.qat, teacher), Checkpoint)
+        networks[f"{stage}-{Precision.INT8_QAT}"] = network.quantized(trained)
+    return networks
+
+
+def make_model(run: Pipeline, variant: str, network: Network) -> OnnxModel:
+    """The ONNX file of a variant as the targets' engine wants it, verified against PyTorch."""
+    context, recipe = run.context, run.recipe
+    precision = run.variant(variant).precision
+    exported = export(context, network.checkpoint, recipe.export, precision)
+    model = run.keep(f"{variant}/export", exported, OnnxModel)
+    if precision is not Precision.FP32:
+        model = run.keep(f"{variant}/lower", lower(context, model, recipe.qat), OnnxModel)
+    parity = verify(context, network.checkpoint, model, recipe.verify, precision)
+    run.keep(f"{variant}/verify", parity, Report)
+    return model
+
+
+@contextmanager
+def queue(targets: Sequence[Target]) -> Iterator[None]:
+    """Takes turns with the other flows of this Prefect server; on the target its own lease decides."""
+    with ExitStack() as turns:
+        for name in sorted(target.name for target in targets):
+            turns.enter_context(queue_for(name))
+        yield
+
+
+@dataclass(frozen=True)
+class Session:
+    """What was submitted for one target; its results come in this order."""
+
+    target: Target
+    engines: dict[str, PrefectFuture[Engine]]
+    benchmark: PrefectFuture[BenchmarkResult]
+    evaluations: dict[str, PrefectFuture[Evaluation]]
+
+
+def submit_session(run: Pipeline, target: Target, models: dict[str, OnnxModel]) -> Session:
+    """Builds side by side, then one benchmark session of all engines, then their evaluations."""
+    context, recipe = run.context, run.recipe
+    engines = {
+        variant: build.submit(context, target, model, recipe.build, variant=variant)
+        for variant, model in models.items()
+    }
+    timed = benchmark.submit(context, target, engines, recipe.benchmark)
+    evaluations = {
+        variant: evaluate.submit(context, target, engine, recipe.evaluate, variant=variant, wait_for=[timed])
+        for variant, engine in engines.items()
+    }
+    return Session(target, engines, timed, evaluations)
+
+
+def collect(session: Session, info: TargetInfo) -> Measured:
+    """Waits for a session in the order of the graph, so that the first error is the true one."""
+    return Measured(
+        target=session.target,
+        info=info,
+        engines={variant: future.result() for variant, future in session.engines.items()},
+        benchmark=session.benchmark.result(),
+        evaluations={variant: future.result() for variant, future in session.evaluations.items()},
+    )

@@ -1,0 +1,140 @@
+"""One deployment in progress: what its stages use, and where its record goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import BaseModel
+
+from jetway.configs.load import load_recipe, load_target
+from jetway.configs.schema import Recipe, Stage, Target, Variant
+from jetway.tasks import environment
+from jetway.tasks.artifacts import Handle, StageOutput
+from jetway.tasks.gates import check_gate_metrics
+from jetway.tasks.results import metric_names
+from jetway.tasks.stage import FinishedStage, Progress, StageContext, no_progress
+from jetway.tasks.store import Store
+from jetway.tasks.tracking.index import MlflowStageIndex
+from jetway.tasks.tracking.tracker import Tracker
+from jetway.tasks.tracking.values import Status, flat_params
+from jetway.tasks.workload import load_workload, workload_digest
+
+H = TypeVar("H", bound=Handle)
+
+
+class Observer:
+    """What the caller of a flow in the same process learns as it goes. The default one only remembers."""
+
+    progress: Progress = staticmethod(no_progress)
+
+    def __init__(self) -> None:
+        self.run_id = ""
+        self.stages: list[FinishedStage] = []
+
+    def on_start(self, run_id: str) -> None:
+        self.run_id = run_id
+
+    def on_finish(self, stage: FinishedStage) -> None:
+        self.stages.append(stage)
+
+
+#: Set by the command line around a flow call.
+OBSERVER: ContextVar[Observer | None] = ContextVar("OBSERVER", default=None)
+
+
+class Pipeline:
+    """A recipe and its targets, validated, and the MLflow run that records them."""
+
+    def __init__(
+        self, recipe: Recipe, path: Path, targets: Sequence[Target], tracker: Tracker, observer: Observer
+    ) -> None:
+        self.recipe = recipe
+        self.path = path
+        self.targets = tuple(targets)
+        self.tracker = tracker
+        self.observer = observer
+        self.context = make_context(recipe, path, observer)
+        self.run_id = ""
+
+    def start(self) -> None:
+        """Starts the MLflow run. Until here nothing has been written anywhere."""
+        tags = {"target": ", ".join(target.name for target in self.targets)}
+        self.tracker.reap()
+        self.run_id = self.tracker.start_run(self.recipe.name, flat_params(self.recipe), tags)
+        self.observer.on_start(self.run_id)
+        self.context.index = MlflowStageIndex(self.tracker, self.context.store, run_id=self.run_id)
+        self.tracker.log_text(self.run_id, "recipe.yaml", yaml_of(self.recipe))
+        self.tracker.log_json(self.run_id, "environment.json", environment.describe_environment())
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The user's checkpoint file, relative to the recipe."""
+        given = self.recipe.workload.checkpoint
+        return self.path.parent / given if given else None
+
+    def variant(self, name: str) -> Variant:
+        return next(variant for variant in self.recipe.variants if variant.name == name)
+
+    def variants(self, stage: Stage) -> list[Variant]:
+        return [variant for variant in self.recipe.variants if variant.stage is stage]
+
+    def keep(self, stage: str, output: StageOutput, kind: type[H]) -> H:
+        """Logs a stage's files and figures to the run, and returns its handle for the next stage."""
+        assert isinstance(output.handle, kind)
+        folder, _, name = stage.rpartition("/")
+        main = {f"{folder or name}/{name}{output.handle.suffix}": output.handle}
+        files = {f"{folder or name}/{file}": handle for file, handle in output.files.items()}
+        self.log_files(self.run_id, (main if output.handle not in files.values() else {}) | files)
+        figures = {f"{stage.replace('/', '.')}.{metric}": value for metric, value in output.metrics.items()}
+        self.tracker.log_metrics(self.run_id, figures)
+        return output.handle
+
+    def log_files(self, run_id: str, files: Mapping[str, Handle]) -> None:
+        opened = {path: (handle, self.context.store.open(handle)) for path, handle in files.items()}
+        self.tracker.log_files(run_id, opened)
+
+
+def make_context(recipe: Recipe, path: Path, observer: Observer) -> StageContext:
+    """What the stages of this recipe use. Raises ConfigError for a workload or a gate that cannot be."""
+    workload = load_workload(recipe.workload, search_path=[Path.cwd(), path.parent])
+    known = metric_names(workload.metrics)
+    check_gate_metrics(recipe.gates, known, [variant.name for variant in recipe.variants])
+    return StageContext(
+        workload,
+        Store(),
+        workload_digest=workload_digest(workload, recipe.workload),
+        seed=recipe.seed,
+        threads=recipe.threads,
+        progress=observer.progress,
+        on_finish=observer.on_finish,
+    )
+
+
+@contextmanager
+def open_pipeline(
+    recipe_name: str, target_names: Sequence[str] | None, overrides: Sequence[str]
+) -> Iterator[Pipeline]:
+    """Validates everything, starts the MLflow run, and ends it as FINISHED, FAILED or KILLED."""
+    recipe, path = load_recipe(recipe_name, overrides)
+    targets = [load_target(name, near=path) for name in target_names or recipe.targets]
+    pipeline = Pipeline(recipe, path, targets, Tracker(), OBSERVER.get() or Observer())
+    pipeline.start()
+    status: Status = "KILLED"
+    try:
+        yield pipeline
+        status = "FINISHED"
+    except Exception as exc:
+        status = "FAILED"
+        pipeline.tracker.set_tags(pipeline.run_id, {"error": f"{type(exc).__name__}: {exc}"})
+        raise
+    finally:
+        pipeline.tracker.finish(pipeline.run_id, status)
+
+
+def yaml_of(model: BaseModel) -> str:
+    return yaml.safe_dump(model.model_dump(mode="json", exclude_none=True), sort_keys=False)

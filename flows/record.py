@@ -1,0 +1,189 @@
+"""From measurements to the run's record: rows, MLflow child runs, the description, and the exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from jetway.configs.schema import Target, Variant
+from jetway.flows.pipeline import Pipeline
+from jetway.tasks.artifacts import Checkpoint, Engine, OnnxModel, Report, StageOutput
+from jetway.tasks.gates import gates_exit_code
+from jetway.tasks.measurement import BenchmarkResult, Evaluation
+from jetway.tasks.metrics import Metric
+from jetway.tasks.preflight import TargetInfo
+from jetway.tasks.results import VariantResult, Verdict, drop_name, load_rows
+from jetway.tasks.stage import stage_seed
+from jetway.tasks.statistics import paired_drop
+from jetway.tasks.table import stage_table_markdown
+from jetway.tasks.tracking.values import flat_params
+
+
+#: The run's result as JSON, among its artifacts.
+RESULT_PATH = "result.json"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A checkpoint and what it costs: quantization changes neither count."""
+
+    checkpoint: Checkpoint
+    params: float
+    macs: float
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, counted: StageOutput) -> Network:
+        return cls(checkpoint, counted.metrics["params"], counted.metrics["macs"])
+
+    def quantized(self, checkpoint: Checkpoint) -> Network:
+        return replace(self, checkpoint=checkpoint)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one target gave: engines and evaluations by variant, and the session that timed them."""
+
+    target: Target
+    info: TargetInfo
+    engines: Mapping[str, Engine]
+    benchmark: BenchmarkResult
+    evaluations: Mapping[str, Evaluation]
+
+
+class RunResult(BaseModel):
+    """What a finished flow returns."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_id: str
+    exit_code: int
+    rows: tuple[VariantResult, ...]
+    task_metrics: tuple[Metric, ...]
+
+
+def make_rows(run: Pipeline, measured: Measured, networks: Mapping[str, Network]) -> list[VariantResult]:
+    """One row a variant; ratios and drops against the baseline are ``compare``'s."""
+    baseline = records_of(run, next(iter(measured.evaluations.values())))
+    return [
+        make_row(run, measured, variant, networks[variant.name], baseline) for variant in run.recipe.variants
+    ]
+
+
+def make_row(
+    run: Pipeline, measured: Measured, variant: Variant, network: Network, baseline: Sequence[Any]
+) -> VariantResult:
+    engine, evaluation = measured.engines[variant.name], measured.evaluations[variant.name]
+    session = measured.benchmark.variants[variant.name]
+    return VariantResult(
+        variant=variant.name,
+        target=measured.target.name,
+        precision=variant.precision,
+        engine=measured.target.engine,
+        board=measured.info.machine,
+        metrics={
+            "params": network.params,
+            "macs": network.macs,
+            "size_bytes": float(engine.size_bytes),
+            "build_s": engine.metadata["build_s"],
+            "integer_macs_ratio": engine.metadata["integer_macs_ratio"],
+            **session.metrics(),
+            **evaluation.metrics,
+        },
+        intervals={**session.intervals(), **drop_intervals(run, baseline, records_of(run, evaluation))},
+        validity=measured.benchmark.validity,
+    )
+
+
+def records_of(run: Pipeline, evaluation: Evaluation) -> list[Any]:
+    records: list[Any] = run.context.store.load_json(evaluation.records)
+    return records
+
+
+def drop_intervals(
+    run: Pipeline, baseline: Sequence[Any], records: Sequence[Any]
+) -> dict[str, tuple[float, float]]:
+    """95 % interval of each task metric's drop, paired by sample."""
+    workload = run.context.workload
+    return {
+        drop_name(metric): paired_drop(
+            baseline,
+            records,
+            workload.summarize,
+            metric.name,
+            higher_is_better=metric.higher_is_better,
+            seed=stage_seed(run.context.seed, "drop"),
+        )[1]
+        for metric in workload.metrics
+    }
+
+
+def conclude(
+    run: Pipeline,
+    table: Report,
+    measured: Sequence[Measured],
+    networks: Mapping[str, Network],
+    models: Mapping[str, OnnxModel],
+) -> RunResult:
+    """Logs the judged rows, one child run each, and the table as the run's description."""
+    rows, metrics = load_rows(run.context.store.load_json(table))
+    exit_code = gates_exit_code(rows)
+    for one in measured:
+        log_session(run, one)
+        for row in rows:
+            if row.target == one.target.name:
+                log_row(run, one, row, networks[row.variant], models[row.variant])
+    heading = f"{run.recipe.description}\n\n" if run.recipe.description else ""
+    run.tracker.describe(run.run_id, heading + stage_table_markdown(rows, metrics))
+    run.tracker.set_tags(run.run_id, {"gate": worst_gate(rows), "validity": validity_of(rows)})
+    result = RunResult(run_id=run.run_id, exit_code=exit_code, rows=tuple(rows), task_metrics=tuple(metrics))
+    run.tracker.log_json(run.run_id, RESULT_PATH, result.model_dump(mode="json"))
+    return result
+
+
+def log_session(run: Pipeline, measured: Measured) -> None:
+    """What belongs to a target as a whole: what it is, the session that timed its engines, every sample."""
+    folder = f"targets/{measured.target.name}"
+    run.tracker.log_json(run.run_id, f"{folder}/target.json", measured.info.model_dump(mode="json"))
+    run.tracker.log_json(run.run_id, f"{folder}/benchmark.json", measured.benchmark.model_dump(mode="json"))
+    run.log_files(run.run_id, {f"{folder}/samples.safetensors": measured.benchmark.samples})
+
+
+def log_row(run: Pipeline, measured: Measured, row: VariantResult, network: Network, model: OnnxModel) -> None:
+    """A child run: one variant on one target, with everything that is deployed."""
+    engine = measured.engines[row.variant]
+    tags = {
+        "variant": row.variant,
+        "precision": row.precision,
+        "target": row.target,
+        "engine": row.engine,
+        "board": row.board,
+        "validity": validity_of([row]),
+        "gate": worst_gate([row]),
+    }
+    child = run.tracker.start_child(run.run_id, f"{row.variant} on {row.target}", flat_params(run.recipe), tags)
+    run.tracker.log_metrics(child, row.metrics)
+    run.tracker.log_json(child, "passport.json", engine.metadata)
+    run.tracker.log_json(child, "row.json", row.model_dump(mode="json"))
+    run.log_files(
+        child,
+        {
+            "checkpoint.safetensors": network.checkpoint,
+            "model.onnx": model,
+            f"engine{engine.suffix}": engine,
+            "records.json": measured.evaluations[row.variant].records,
+        },
+    )
+    run.tracker.finish(child, "FINISHED")
+
+
+def worst_gate(rows: Sequence[VariantResult]) -> str:
+    """FAIL, UNKNOWN or PASS, whichever is the worst; empty without gates."""
+    verdicts = {gate.verdict for row in rows for gate in row.gates}
+    return next((str(v) for v in (Verdict.FAIL, Verdict.UNKNOWN, Verdict.PASS) if v in verdicts), "")
+
+
+def validity_of(rows: Sequence[VariantResult]) -> str:
+    return "VALID" if all(row.validity.valid for row in rows) else "INVALID"

@@ -1,0 +1,109 @@
+"""``jetway run``: the deploy flow with a live terminal, the table at the end, and the exit code."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from prefect.exceptions import PrefectException
+
+from jetway.flows.deploy import deploy
+from jetway.flows.pipeline import OBSERVER, Observer
+from jetway.flows.record import RunResult
+from jetway.flows.server import Server, prefect_settings
+from jetway.flows.show import print_result
+from jetway.flows.terminal import Terminal
+from jetway.tasks.errors import JetwayError, TrackingError
+from jetway.tasks.stage import FinishedStage
+from jetway.tasks.table import run_json
+
+EXIT_INTERRUPTED = 130
+
+
+class TerminalObserver(Observer):
+    """Shows a run on the terminal as it goes."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__()
+        self.terminal = terminal
+        self.progress = terminal
+
+    def on_finish(self, stage: FinishedStage) -> None:
+        super().on_finish(stage)
+        self.terminal.finish_stage(stage.name, stage.seconds, stage.cached)
+
+
+def run_deploy(
+    server: Server,
+    recipe: str,
+    targets: list[str] | None,
+    overrides: list[str],
+    *,
+    as_json: bool,
+    started_s: float,
+) -> int:
+    """Runs the flow to its end and returns the exit code. ``started_s`` is when the process started."""
+    terminal = Terminal()
+    observer = TerminalObserver(terminal)
+    status, code, result = "FAILED", 1, None
+    try:
+        with terminal, observing(observer), server:
+            server.wait_ready()
+            result = call_flow(server, recipe, targets, overrides)
+        status, code = "FINISHED", result.exit_code
+    except JetwayError as exc:
+        code = exc.exit_code
+        raise
+    except KeyboardInterrupt:
+        status, code = "KILLED", EXIT_INTERRUPTED
+        raise
+    finally:
+        overhead_s = time.monotonic() - started_s - busy_s(observer.stages)
+        if as_json:
+            print(json.dumps(document(observer, status, code, overhead_s, result), indent=1))
+    if not as_json:
+        print()
+        print_result(result)
+        print(
+            f"\nOrchestration and tracking took {overhead_s:.1f} s beside the stages. "
+            f"Look closer: jetway show {observer.run_id[:8]}, jetway ui"
+        )
+    return code
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    token = OBSERVER.set(observer)
+    try:
+        yield
+    finally:
+        OBSERVER.reset(token)
+
+
+def call_flow(server: Server, recipe: str, targets: list[str] | None, overrides: list[str]) -> RunResult:
+    try:
+        with prefect_settings(server):
+            return deploy(recipe, targets, overrides)
+    except PrefectException as exc:
+        raise TrackingError(
+            f"Prefect at {server.api_url} failed: {type(exc).__name__}: {exc}. Check that server; "
+            "finished stages are kept, and the same command goes on from them."
+        ) from exc
+
+
+def busy_s(stages: Iterable[FinishedStage]) -> float:
+    """Seconds in which at least one stage was at work."""
+    total = last_s = 0.0
+    for stage in sorted(stages, key=lambda stage: stage.started_s):
+        total += max(0.0, stage.ended_s - max(stage.started_s, last_s))
+        last_s = max(last_s, stage.ended_s)
+    return total
+
+
+def document(
+    observer: Observer, status: str, code: int, overhead_s: float, result: RunResult | None
+) -> dict[str, object]:
+    stages = [(stage.name, stage.seconds, stage.cached) for stage in observer.stages]
+    return run_json(observer.run_id, status, code, stages, overhead_s, result.rows if result else ())

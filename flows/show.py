@@ -1,0 +1,38 @@
+"""``jetway show``: the stage table of a finished run, from its record in MLflow."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+
+from jetway.flows.record import RESULT_PATH, RunResult
+from jetway.tasks.errors import TrackingError
+from jetway.tasks.table import stage_table, table_notes
+from jetway.tasks.tracking.tracker import Tracker
+
+
+def show_run(id_or_prefix: str, *, as_json: bool) -> None:
+    """Prints the table, or the JSON that the run printed with ``--json``.
+
+    Raises TrackingError when there is no such run, or it ended before it had a table.
+    """
+    tracker = Tracker()
+    run = tracker.find_run(id_or_prefix)
+    try:
+        document = tracker.load_json(run.run_id, RESULT_PATH)
+    except TrackingError as exc:
+        error = run.tags.get("error", "it did not get that far")
+        raise TrackingError(f"Run {run.run_id[:8]} is {run.status} and has no stage table: {error}") from exc
+    if as_json:
+        print(json.dumps(document, indent=1))
+        return
+    print_result(RunResult.model_validate(document))
+
+
+def print_result(result: RunResult) -> None:
+    """The stage table, and below it what is invalid and which gates did not pass."""
+    console = Console()
+    console.print(stage_table(result.rows, result.task_metrics, width=console.width))
+    for note in table_notes(result.rows):
+        console.print(note, highlight=False, soft_wrap=True)
