@@ -146,13 +146,11 @@ def plan_cuts(
     """
     own = _own_ratios(candidates, ratios)
     free = [candidate for candidate in candidates if candidate.root not in own]
-    threshold = _global_threshold(free, ratio, limits) if ranked_globally and free else None
+    ranked = _globally_kept(free, ratio, limits) if ranked_globally and free else {}
     cuts = []
     for candidate in candidates:
         share = own.get(candidate.root, ratio)
-        wanted = limits.initial[candidate.root] * (1 - share)
-        if threshold is not None and candidate.root not in own:
-            wanted = candidate.blocks * int((candidate.scores >= threshold).sum())
+        wanted = ranked.get(candidate.root, limits.initial[candidate.root] * (1 - share))
         kept = _allowed_channels(candidate, wanted, limits)
         if kept < candidate.channels:
             cuts.append(_cut(candidate, kept))
@@ -248,12 +246,14 @@ def _allowed_channels(candidate: Candidate, wanted: float, limits: Limits) -> in
     return min(max(nearest, least, step), candidate.channels)
 
 
-def _global_threshold(candidates: Sequence[Candidate], ratio: float, limits: Limits) -> float:
-    """Score of the least important channel to keep, over all groups; scores are relative to their mean."""
+def _globally_kept(candidates: Sequence[Candidate], ratio: float, limits: Limits) -> dict[str, int]:
+    """Channels that each group keeps when all are ranked together; scores are relative to a group's mean."""
     scores = torch.cat([c.scores.repeat(c.blocks) for c in candidates])
+    owners = torch.cat([torch.full((c.channels,), i) for i, c in enumerate(candidates)])
     kept = round(sum(limits.initial[c.root] for c in candidates) * (1 - ratio))
-    ranked = scores.sort(descending=True).values
-    return float(ranked[min(max(kept, 1), len(ranked)) - 1])
+    best = torch.argsort(scores, descending=True, stable=True)[:kept]
+    counts = torch.bincount(owners[best], minlength=len(candidates)).tolist()
+    return {c.root: count for c, count in zip(candidates, counts, strict=True)}
 
 
 def _channel_blocks(network: nn.Module) -> dict[str, int]:
