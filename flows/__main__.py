@@ -39,9 +39,7 @@ def _interrupt(signum: int, frame: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    recipe, path = load_recipe(options.recipe, options.set)
-    for name in options.target or recipe.targets:
-        load_target(name, near=path)
+    load_recipe(options.recipe, options.set)
     from jetway.flows.server import start_server
 
     server = start_server()

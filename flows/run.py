@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 from prefect.exceptions import PrefectException
 
+from jetway.configs.load import load_recipe, load_target
 from jetway.flows.deploy import deploy
-from jetway.flows.pipeline import OBSERVER, Observer
+from jetway.flows.pipeline import OBSERVER, Observer, make_context
 from jetway.flows.record import RunResult
 from jetway.flows.server import Server, prefect_settings
 from jetway.flows.show import print_result
@@ -18,6 +19,7 @@ from jetway.flows.terminal import Terminal
 from jetway.tasks.errors import JetwayError, TrackingError
 from jetway.tasks.stage import FinishedStage
 from jetway.tasks.table import run_json
+from jetway.tasks.workload import check_workload
 
 EXIT_INTERRUPTED = 130
 
@@ -50,6 +52,7 @@ def run_deploy(
     status, code, result = "FAILED", 1, None
     try:
         with terminal, observing(observer), server:
+            check_inputs(recipe, targets, overrides)
             server.wait_ready()
             result = call_flow(server, recipe, targets, overrides)
         status, code = "FINISHED", result.exit_code
@@ -71,6 +74,14 @@ def run_deploy(
             f"Look closer: jetway show {observer.run_id[:8]}, jetway ui"
         )
     return code
+
+
+def check_inputs(recipe_name: str, targets: list[str] | None, overrides: list[str]) -> None:
+    """Raises for what can be known to be wrong before a run exists anywhere."""
+    recipe, path = load_recipe(recipe_name, overrides)
+    for name in targets or recipe.targets:
+        load_target(name, near=path)
+    check_workload(make_context(recipe, path, Observer()).workload)
 
 
 @contextmanager

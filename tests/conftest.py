@@ -1,0 +1,108 @@
+"""What tests share: a home of their own, a real Prefect server in it, and a user's project from the README."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path, monkeypatch, request):
+    """No test may touch the developer's own state."""
+    monkeypatch.setenv("JETWAY_HOME", str(tmp_path / "jetway-home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+
+
+@pytest.fixture(scope="session")
+def jetway_home(tmp_path_factory):
+    """One home for the tests that run the command, so that its Prefect server starts once. It has a space."""
+    home = tmp_path_factory.mktemp("jetway") / "a home"
+    yield home
+    subprocess.run([*COMMAND, "stop"], env=environment(home), check=True, timeout=60)
+
+
+COMMAND = [sys.executable, "-m", "jetway.flows"]
+
+
+def environment(home):
+    return os.environ | {"JETWAY_HOME": str(home), "COLUMNS": "120", "PYTHONWARNINGS": "default"}
+
+
+class Run:
+    """A finished ``jetway`` command."""
+
+    def __init__(self, completed):
+        self.exit_code = completed.returncode
+        self.stdout = completed.stdout
+        self.stderr = completed.stderr
+
+    @property
+    def json(self):
+        return json.loads(self.stdout)
+
+    def stages(self, *, cached):
+        return [stage["name"] for stage in self.json["stages"] if stage["cached"] is cached]
+
+    def metrics(self, variant):
+        return next(row for row in self.json["variants"] if row["variant"] == variant)["metrics"]
+
+
+@pytest.fixture
+def start_jetway(jetway_home):
+    """Starts the command as a user would and returns its Popen; what is left of it is killed at the end."""
+    started = []
+
+    def start(*arguments, cwd, home=jetway_home, **variables):
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments)],
+            cwd=cwd,
+            env=environment(home) | variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def jetway(start_jetway):
+    """Runs the command to its end."""
+
+    def run(*arguments, cwd, timeout_s=300, **variables):
+        process = start_jetway(*arguments, cwd=cwd, **variables)
+        stdout, stderr = process.communicate(timeout=timeout_s)
+        return Run(subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr))
+
+    return run
+
+
+def readme_block(title):
+    """The fenced block of the README below the comment of that title, to the letter."""
+    text = (ROOT / "README.md").read_text()
+    return re.search(rf"<!-- {title} -->\n```\w+\n(.*?)```", text, re.DOTALL)[1]
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A user's project: the workload and the recipe of the README."""
+    folder = tmp_path / "my project"
+    (folder / "my_package").mkdir(parents=True)
+    (folder / "my_package/__init__.py").touch()
+    (folder / "my_package/my_module.py").write_text(readme_block("workload example"))
+    (folder / "my_recipe.yaml").write_text(readme_block("recipe example"))
+    return folder
