@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from prefect import flow
 from prefect.futures import PrefectFuture
 
-from jetway.configs.schema import Precision, Stage, Target
+from jetway.configs.schema import EngineName, Precision, Stage, Target
 from jetway.flows.pipeline import Pipeline, open_pipeline
 from jetway.flows.record import Measured, Network, RunResult, conclude, make_rows
 from jetway.flows.server import queue_for
@@ -29,8 +29,8 @@ from jetway.tasks.evaluate import evaluate
 from jetway.tasks.export import export
 from jetway.tasks.finetune import finetune
 from jetway.tasks.load import load
+from jetway.tasks.lower import lower
 from jetway.tasks.measurement import BenchmarkResult, Evaluation
-from jetway.tasks.lowering import lower
 from jetway.tasks.preflight import TargetInfo, preflight
 from jetway.tasks.prune import prune
 from jetway.tasks.qat import ptq, qat
@@ -49,13 +49,16 @@ def deploy(
     with open_pipeline(recipe, targets, overrides or []) as run:
         infos = {target.name: preflight(run.context, target, run.recipe) for target in run.targets}
         networks = make_networks(run)
-        models = {variant: make_model(run, variant, network) for variant, network in networks.items()}
+        models = {
+            engine: {variant: make_model(run, variant, network, engine) for variant, network in networks.items()}
+            for engine in {target.engine for target in run.targets}
+        }
         with queue(run.targets):
-            sessions = [submit_session(run, target, models) for target in run.targets]
+            sessions = [submit_session(run, target, models[target.engine]) for target in run.targets]
             measured = [collect(session, infos[session.target.name]) for session in sessions]
         rows = [row for one in measured for row in make_rows(run, one, networks)]
         table = run.keep("compare", compare(run.context, rows, run.recipe.gates), Report)
-        return conclude(run, table, measured, networks, models)
+        return conclude(run, table, measured, networks)
 
 
 def make_networks(run: Pipeline) -> dict[str, Network]:
@@ -86,17 +89,16 @@ def quantize(run: Pipeline, stage: Stage, network: Network, teacher: Checkpoint)
     return networks
 
 
-def make_model(run: Pipeline, variant: str, network: Network) -> OnnxModel:
-    """The ONNX file of a variant as the targets' engine wants it, verified against PyTorch."""
+def make_model(run: Pipeline, variant: str, network: Network, engine: EngineName) -> OnnxModel:
+    """The ONNX file of a variant as an engine wants it, verified against PyTorch."""
     context, recipe = run.context, run.recipe
     precision = run.variant(variant).precision
     exported = export(context, network.checkpoint, recipe.export, precision)
     model = run.keep(f"{variant}/export", exported, OnnxModel)
-    if precision is not Precision.FP32:
-        model = run.keep(f"{variant}/lower", lower(context, model, recipe.qat), OnnxModel)
-    parity = verify(context, network.checkpoint, model, recipe.verify, precision)
+    lowered = run.keep(f"{variant}/lower", lower(context, model, engine, recipe.qat), OnnxModel)
+    parity = verify(context, network.checkpoint, lowered, recipe.verify, precision)
     run.keep(f"{variant}/verify", parity, Report)
-    return model
+    return lowered
 
 
 @contextmanager
@@ -113,6 +115,7 @@ class Session:
     """What was submitted for one target; its results come in this order."""
 
     target: Target
+    models: dict[str, OnnxModel]
     engines: dict[str, PrefectFuture[Engine]]
     benchmark: PrefectFuture[BenchmarkResult]
     evaluations: dict[str, PrefectFuture[Evaluation]]
@@ -130,7 +133,7 @@ def submit_session(run: Pipeline, target: Target, models: dict[str, OnnxModel]) 
         variant: evaluate.submit(context, target, engine, recipe.evaluate, variant=variant, wait_for=[timed])
         for variant, engine in engines.items()
     }
-    return Session(target, engines, timed, evaluations)
+    return Session(target, models, engines, timed, evaluations)
 
 
 def collect(session: Session, info: TargetInfo) -> Measured:
@@ -138,6 +141,7 @@ def collect(session: Session, info: TargetInfo) -> Measured:
     return Measured(
         target=session.target,
         info=info,
+        models=session.models,
         engines={variant: future.result() for variant, future in session.engines.items()},
         benchmark=session.benchmark.result(),
         evaluations={variant: future.result() for variant, future in session.evaluations.items()},

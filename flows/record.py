@@ -48,6 +48,7 @@ class Measured:
 
     target: Target
     info: TargetInfo
+    models: Mapping[str, OnnxModel]
     engines: Mapping[str, Engine]
     benchmark: BenchmarkResult
     evaluations: Mapping[str, Evaluation]
@@ -125,7 +126,6 @@ def conclude(
     table: Report,
     measured: Sequence[Measured],
     networks: Mapping[str, Network],
-    models: Mapping[str, OnnxModel],
 ) -> RunResult:
     """Logs the judged rows, one child run each, and the table as the run's description."""
     rows, metrics = load_rows(run.context.store.load_json(table))
@@ -134,7 +134,7 @@ def conclude(
         log_session(run, one)
         for row in rows:
             if row.target == one.target.name:
-                log_row(run, one, row, networks[row.variant], models[row.variant])
+                log_row(run, one, row, networks[row.variant])
     heading = f"{run.recipe.description}\n\n" if run.recipe.description else ""
     run.tracker.describe(run.run_id, heading + stage_table_markdown(rows, metrics))
     run.tracker.set_tags(run.run_id, {"gate": worst_gate(rows), "validity": validity_of(rows)})
@@ -151,7 +151,7 @@ def log_session(run: Pipeline, measured: Measured) -> None:
     run.log_files(run.run_id, {f"{folder}/samples.safetensors": measured.benchmark.samples})
 
 
-def log_row(run: Pipeline, measured: Measured, row: VariantResult, network: Network, model: OnnxModel) -> None:
+def log_row(run: Pipeline, measured: Measured, row: VariantResult, network: Network) -> None:
     """A child run: one variant on one target, with everything that is deployed."""
     engine = measured.engines[row.variant]
     tags = {
@@ -171,7 +171,7 @@ def log_row(run: Pipeline, measured: Measured, row: VariantResult, network: Netw
         child,
         {
             "checkpoint.safetensors": network.checkpoint,
-            "model.onnx": model,
+            "model.onnx": measured.models[row.variant],
             f"engine{engine.suffix}": engine,
             "records.json": measured.evaluations[row.variant].records,
         },
