@@ -19,17 +19,16 @@ import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor, nn
+from torch.jit._trace import TracerWarning
 from torch.onnx import errors as onnx_errors
 from torch.overrides import TorchFunctionMode
 
 from jetway.configs.schema import ExportConfig, Precision, Section
 from jetway.tasks.artifacts import Checkpoint, OnnxModel, StageOutput
-from jetway.tasks.checkpoint import load_network
 from jetway.tasks.errors import ConfigError, ExportError, JetwayError
 from jetway.tasks.onnx_graph import Graph, count_macs, fold_batchnorms, fold_constants
-from jetway.tasks.quantization import load_quantized_network
+from jetway.tasks.quantization import load_variant
 from jetway.tasks.stage import StageContext, run_stage
-from jetway.tasks.store import Store
 from jetway.tasks.workload import Inputs, Workload, call_network
 
 BATCH_AXIS = "batch"
@@ -71,12 +70,6 @@ def export_onnx(
             metadata=_metadata(graph, config, precision) | {"batchnorms_folded": folded},
         )
     return StageOutput(handle=handle)
-
-
-def load_variant(workload: Workload, checkpoint: Checkpoint, precision: Precision, store: Store) -> nn.Module:
-    """The network of a checkpoint, fake-quantized for an int8 precision."""
-    load = load_network if precision is Precision.FP32 else load_quantized_network
-    return load(workload, checkpoint, store)
 
 
 @task(name="export", cache_policy=NO_CACHE, persist_result=False)
@@ -137,7 +130,7 @@ def _quiet_exporter() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You are using the legacy TorchScript", DeprecationWarning)
         warnings.filterwarnings("ignore", module=r"torch\.onnx\b")
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"modelopt\b")
+        warnings.filterwarnings("ignore", category=TracerWarning, module=r"modelopt\b")
         yield
 
 

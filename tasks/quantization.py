@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jetway.configs.schema import CalibrationMethod, Section
+from jetway.configs.schema import CalibrationMethod, Precision, Section
 from jetway.tasks.artifacts import Checkpoint
-from jetway.tasks.checkpoint import build_network, checkpoint_record, load_weights, read_tensors
+from jetway.tasks.checkpoint import build_network, checkpoint_record, load_network, load_weights, read_tensors
 from jetway.tasks.errors import ArtifactError, ConfigError, QuantizationError
 from jetway.tasks.store import Store
 from jetway.tasks.workload import Inputs, Workload, batches, call_network
@@ -131,6 +131,12 @@ def load_quantized_network(workload: Workload, checkpoint: Checkpoint, store: St
     return network.eval()
 
 
+def load_variant(workload: Workload, checkpoint: Checkpoint, precision: Precision, store: Store) -> nn.Module:
+    """The network of a checkpoint, fake-quantized for an int8 precision."""
+    load = load_network if precision is Precision.FP32 else load_quantized_network
+    return load(workload, checkpoint, store)
+
+
 def _modelopt() -> Any:
     """ModelOpt's quantization package, imported on first use: that takes seconds.
 
@@ -206,19 +212,17 @@ def _collect(
 
 def _set_ranges(network: nn.Module, layers: list[str], section: CalibrationSection) -> None:
     for name in layers:
-        layer = network.get_submodule(name)
-        amax = _range_of(layer.get_submodule("input_quantizer"), name, section)
+        inputs: Any = network.get_submodule(f"{name}.input_quantizer")
+        weight: Any = network.get_submodule(f"{name}.weight_quantizer")
+        amax = _range_of(inputs, name, section)
         if amax is None or float(amax) == 0.0:
-            logger.warning(
-                "%s stays in float: %s in the calibration data",
-                name,
-                "unused" if amax is None else "always 0",
-            )
-            layer.get_submodule("input_quantizer").disable()
-            layer.get_submodule("weight_quantizer").disable()
-            continue
-        layer.get_submodule("input_quantizer").amax = amax
-        layer.get_submodule("weight_quantizer").load_calib_amax()
+            why = "it is not used" if amax is None else "its input is always 0"
+            logger.warning("%s stays in float: %s in the calibration data", name, why)
+            inputs.disable()
+            weight.disable()
+        else:
+            inputs.amax = amax
+            weight.load_calib_amax()
 
 
 def _range_of(quantizer: Any, layer: str, section: CalibrationSection) -> Tensor | None:
