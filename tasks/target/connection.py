@@ -209,9 +209,12 @@ def make_transport(sock: socket.socket, **options: Any) -> paramiko.Transport:
 
 def pulse(transport: paramiko.Transport) -> None:
     """Asks the server for a sign of life until the connection ends. Paramiko's keepalive wants no answer."""
-    while transport.is_active():
-        transport.global_request("keepalive@openssh.com")
-        time.sleep(PULSE_S)
+    try:
+        while transport.is_active():
+            transport.global_request("keepalive@openssh.com")
+            time.sleep(PULSE_S)
+    except (paramiko.SSHException, OSError, EOFError):
+        pass  # the connection ended meanwhile, and whoever uses it hears so
 
 
 class RefuseUnknownHostKey(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]
