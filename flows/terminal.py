@@ -31,9 +31,9 @@ class Terminal:
         self._live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._bars = Progress(
             SpinnerColumn("line"),
-            TextColumn("{task.description:<24}"),
+            TextColumn("{task.description:<24}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             TimeElapsedColumn(),
             console=self.console,
             transient=True,
