@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises ArtifactError for anything that only pickle could load, and for a damaged file.
     """
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # It warns of pickle protocols that it can read all the same.
+            warnings.simplefilter("ignore")
+            value = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as exc:
         raise ArtifactError(
             f"{path} is not a plain state dict, or is damaged ({_first_line(exc)}). "

@@ -18,13 +18,17 @@ from jetway.tasks.workload import load_workload
 USER_PROJECT = Path(__file__).parent / "user_project"
 
 
-class Memory(dict):
+class Memory:
     """The index of finished stages, in this process."""
 
-    find = dict.get
+    def __init__(self):
+        self.outputs = {}
+
+    def find(self, key):
+        return self.outputs.get(key)
 
     def record(self, key, stage, output, seconds):
-        self[key] = output
+        self.outputs[key] = output
 
 
 @pytest.fixture
@@ -169,7 +173,7 @@ def test_the_stage_is_redone_when_the_file_changes_and_only_then(context, networ
     for weights in (network, network, context.workload.network()):
         save_file(weights.state_dict(), path)
         load.fn(context, path, TrainConfig(epochs=5))
-        cached.append(context.finished[-1][2])
+        cached.append(context.finished[-1].cached)
     assert cached == [False, True, False]
 
 
@@ -177,13 +181,13 @@ def test_the_stage_is_redone_when_training_changes(context):
     cached = []
     for epochs in (1, 1, 2):
         load.fn(context, None, TrainConfig(epochs=epochs))
-        cached.append(context.finished[-1][2])
+        cached.append(context.finished[-1].cached)
     assert cached == [False, True, False]
 
 
 def test_training_the_stage_twice_gives_the_same_checkpoint(context):
     first = load.fn(context, None, TrainConfig(epochs=1))
-    context.index.clear()
+    context.index = Memory()
     assert load.fn(context, None, TrainConfig(epochs=1)).handle == first.handle
 
 
