@@ -126,12 +126,23 @@ def _write(network: nn.Module, workload: Workload, config: ExportConfig, path: P
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silences what the exporter says of itself, and what tracing says of ModelOpt's own code."""
+    """Silences what the exporter says of itself, and what tracing says of ModelOpt's own code.
+
+    When it fails it prints the whole graph on stdout, whatever its verbosity. The fused transformer kernels
+    have no ONNX form, so they are off meanwhile.
+    """
+    fused, print_graph = torch.backends.mha.get_fastpath_enabled(), torch._C._jit_onnx_log
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._jit_onnx_log = lambda *_: None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You are using the legacy TorchScript", DeprecationWarning)
         warnings.filterwarnings("ignore", module=r"torch\.onnx\b")
         warnings.filterwarnings("ignore", category=TracerWarning, module=r"modelopt\b")
-        yield
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+            torch._C._jit_onnx_log = print_graph
 
 
 @contextmanager
@@ -146,7 +157,7 @@ def _translated(network: nn.Module, inputs: Inputs, config: ExportConfig) -> Ite
         name = operator.group(1) if operator else "an operator"
         raise ExportError(
             f"ONNX opset {config.opset} has no form for {name}{_where(network, inputs, name)}. Write it with "
-            f"other operators in the network's forward, or raise export.opset (now {config.opset})."
+            f"other operators in the network's forward, or try a higher export.opset ({MAX_OPSET} at most)."
         ) from exc
     except Exception as exc:
         raise ExportError(

@@ -42,6 +42,9 @@ from jetway.tasks.onnx_graph import (
 # Largest bias in units of its scale: what a sum of products may reach besides it still fits into int32.
 _BIAS_LIMIT = 2.0**30
 
+# ONNX Runtime's own float operators with an activation inside.
+FUSED = {"Conv": "FusedConv", "Gemm": "FusedGemm"}
+
 
 @dataclass(frozen=True)
 class Island:
@@ -189,8 +192,7 @@ class _Emitter:
         if unit.operator in COMPUTE:
             self._quantize_parameters(unit, node)
         if unit.output in self._plan.float_made:
-            node.output[0] = unit.output
-            self._nodes.append(node)
+            self._nodes += [node, *_activation(unit)]
             return
         node.output[0] = f"{unit.output}_computed"
         self._nodes.append(node)
@@ -211,36 +213,24 @@ class _Emitter:
         """The unit's own nodes, but in a form that ONNX Runtime leaves in float.
 
         It gives a Conv, ConvTranspose or Gemm between Q/DQ per-tensor int8 weights of its own making
-        (its WeightBiasQuantization), but knows the fused operators only as float.
+        (its WeightBiasQuantization). The fused operators it leaves alone, and what an Add follows.
         """
-        nodes = [unit.node, *([unit.activation] if unit.activation is not None else [])]
-        if unit.operator == "Conv":
-            return [self._fused_convolution(unit)]
+        fused = _fused(unit)
+        if fused is not None:
+            self._graph.opsets[MS_DOMAIN] = 1
+            return [fused]
         if unit.operator == "ConvTranspose" and len(unit.node.input) > 2 and unit.node.input[2]:
             return self._with_separate_bias(unit)
-        return nodes
-
-    def _fused_convolution(self, unit: Unit) -> NodeProto:
-        node = helper.make_node(
-            "FusedConv", list(unit.node.input), [unit.output], name=unit.node.name, domain=MS_DOMAIN
-        )
-        node.attribute.extend(unit.node.attribute)
-        if unit.limits is not None and unit.limits.upper is None:
-            set_attribute(node, "activation", "Relu")
-        elif unit.limits is not None:
-            set_attribute(node, "activation", "Clip")
-            set_attribute(node, "activation_params", [unit.limits.lower, float(unit.limits.upper or 0.0)])
-        self._graph.opsets[MS_DOMAIN] = 1
-        return node
+        return [unit.node, *_activation(unit)]
 
     def _with_separate_bias(self, unit: Unit) -> list[NodeProto]:
-        node, bias = unit.node, unit.node.input[2]
+        node, bias, output = unit.node, unit.node.input[2], unit.output
         rank = len(attribute(node, "kernel_shape", (1, 1))) + 2
         shaped = self._graph.constants[bias].reshape([1, -1, *[1] * (rank - 2)])
         name = self._graph.add_constant(f"{bias}_shaped", shaped)
         del node.input[2:]
-        node.output[0] = f"{unit.output}_unbiased"
-        add = helper.make_node("Add", [node.output[0], name], [unit.output], name=f"{unit.name}_bias")
+        node.output[0] = f"{output}_unbiased"
+        add = helper.make_node("Add", [node.output[0], name], [output], name=f"{unit.name}_bias")
         return [node, add]
 
     def _quantize_parameters(self, unit: Unit, node: NodeProto) -> None:
@@ -302,6 +292,28 @@ class _Emitter:
                 self._graph.add_constant(f"{name}_zero", np.array(affine.zero_point, dtype=np.uint8)),
             ]
         return self._parameters[name]
+
+
+def _fused(unit: Unit) -> NodeProto | None:
+    """The layer and its activation as one operator of ONNX Runtime's own; a Gemm must have a ReLU."""
+    upper = unit.limits.upper if unit.limits is not None else None
+    plain_relu = unit.limits is not None and upper is None
+    if unit.operator not in FUSED or (unit.operator == "Gemm" and not plain_relu):
+        return None
+    node = helper.make_node(
+        FUSED[unit.operator], list(unit.node.input), [unit.output], name=unit.node.name, domain=MS_DOMAIN
+    )
+    node.attribute.extend(unit.node.attribute)
+    if plain_relu:
+        set_attribute(node, "activation", "Relu")
+    elif upper is not None:
+        set_attribute(node, "activation", "Clip")
+        set_attribute(node, "activation_params", [0.0, upper])
+    return node
+
+
+def _activation(unit: Unit) -> list[NodeProto]:
+    return [] if unit.activation is None else [unit.activation]
 
 
 def _islands(units: list[Unit], integer: list[bool], costs: list[Costs]) -> tuple[Island, ...]:

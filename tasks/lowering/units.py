@@ -22,7 +22,7 @@ from jetway.tasks.onnx_graph import (
 )
 
 COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_ABSORBING = frozenset({"Conv", "Add"})
+_ABSORBING = frozenset({"Conv", "Gemm", "Add"})
 
 
 @dataclass(frozen=True)
