@@ -91,7 +91,7 @@ def quantize(run: Pipeline, stage: Stage, network: Network, teacher: Checkpoint)
 
 def make_model(run: Pipeline, variant: str, network: Network, engine: EngineName) -> OnnxModel:
     """The ONNX file of a variant as an engine wants it, verified against PyTorch."""
-    context, recipe = run.context, run.recipe
+    context, recipe = run.context.labelled(variant), run.recipe
     precision = run.variant(variant).precision
     exported = export(context, network.checkpoint, recipe.export, precision)
     model = run.keep(f"{variant}/export", exported, OnnxModel)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -84,16 +84,24 @@ class StageContext:
         self.index = index
         self.progress = progress
         self.on_finish = on_finish
+        self.label = ""
         #: Folder for what a stage needs to resume after a kill; it outlives the process, not the stage.
         self.work_dir = work_dir or jetway_home() / "work" / "unkeyed"
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         #: Stages in the order in which they finished.
         self.finished: list[FinishedStage] = []
 
+    def labelled(self, label: str) -> StageContext:
+        """The same context for the stages of one variant: the label stands behind the stage's name."""
+        return self._with(label=label)
+
     def for_stage(self, key: str) -> StageContext:
         """The same context with a work folder of its own, named by the stage's key."""
+        return self._with(work_dir=jetway_home() / "work" / key[:32])
+
+    def _with(self, **changes: Any) -> StageContext:
         other = StageContext.__new__(StageContext)
-        other.__dict__.update(self.__dict__, work_dir=jetway_home() / "work" / key[:32])
+        other.__dict__.update(self.__dict__, **changes)
         return other
 
     @contextmanager
@@ -104,7 +112,7 @@ class StageContext:
         self.finish(stage, started, cached=False)
 
     def finish(self, stage: str, started_s: float, *, cached: bool) -> None:
-        ended = FinishedStage(stage, started_s, time.monotonic(), cached)
+        ended = FinishedStage(f"{stage} {self.label}".strip(), started_s, time.monotonic(), cached)
         self.finished.append(ended)
         if self.on_finish:
             self.on_finish(ended)

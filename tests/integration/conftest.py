@@ -208,3 +208,10 @@ def target(request: pytest.FixtureRequest, jetway_home: Path) -> Target:
 def session(target: Target, agent_folder: Path) -> Iterator[TargetSession]:
     with open_target(target, agent_folder=agent_folder) as session:
         yield session
+
+
+@pytest.fixture
+def ssh_session(sshd: Sshd, jetway_home: Path, agent_folder: Path) -> Iterator[TargetSession]:
+    """OpenSSH alone, for what happens on the target and not between the two."""
+    with open_target(sshd.target(), agent_folder=agent_folder) as session:
+        yield session

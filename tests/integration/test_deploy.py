@@ -10,6 +10,11 @@ pytestmark = pytest.mark.serial
 NOISE = ("Traceback", "Warning", "prefect -", "Error")
 
 
+HOST_STAGES = {"load", "analyze", "prune", "finetune", "ptq", "qat", "export", "lower", "verify"}
+
+
+def on_host(stages):
+    return [stage for stage in stages if stage.split()[0] in HOST_STAGES]
 
 
 def variants(run):
@@ -20,22 +25,29 @@ def test_readme_example_deploys_and_then_is_reused(project, jetway, jetway_home)
     first = jetway("run", "my_recipe.yaml", "--json", cwd=project)
     assert first.exit_code == 0, first.stderr
     assert variants(first) == ["baseline-fp32", "pruned-fp32", "pruned-int8-qat"]
-    assert all(not noise in first.stderr for noise in NOISE), first.stderr
+    assert all(noise not in first.stderr for noise in NOISE), first.stderr
     assert first.metrics("pruned-int8-qat")["size_ratio"] < 0.6
     assert all(row["metrics"]["top1"] > 0.8 for row in first.json["variants"])
     assert all(row["metrics"]["latency_ms_p50"] > 0 for row in first.json["variants"])
 
     again = jetway("run", "my_recipe.yaml", "--json", cwd=project)
     assert again.exit_code == 0, again.stderr
-    host_stages = {"load", "analyze", "prune", "finetune", "ptq", "qat", "export", "lower", "verify"}
-    assert host_stages.isdisjoint(again.stages(cached=False))
+    assert on_host(again.stages(cached=False)) == []
     assert again.metrics("pruned-int8-qat")["top1"] == first.metrics("pruned-int8-qat")["top1"]
 
     changed = jetway("run", "my_recipe.yaml", "--json", "--set", "qat.epochs=2", cwd=project)
     assert changed.exit_code == 0, changed.stderr
     reran = [stage for stage in changed.stages(cached=False) if stage in host_stages]
     assert reran == ["qat", "export", "lower", "verify"]
-    assert set(changed.stages(cached=True)) == {"load", "analyze", "prune", "finetune", "ptq", "export", "verify"}
+    assert set(changed.stages(cached=True)) == {
+        "load",
+        "analyze",
+        "prune",
+        "finetune",
+        "ptq",
+        "export",
+        "verify",
+    }
 
     check_record(jetway_home, first.json)
     shown = jetway("show", first.json["run_id"][:12], cwd=project)
@@ -51,7 +63,11 @@ def check_record(home, document):
     assert "pruned-int8-qat" in run.tags["mlflow.note.content"]
     assert run.params["qat.epochs"] == "1"
     children = tracker.children(run.run_id)
-    assert [child.tags["variant"] for child in children] == ["baseline-fp32", "pruned-fp32", "pruned-int8-qat"]
+    assert [child.tags["variant"] for child in children] == [
+        "baseline-fp32",
+        "pruned-fp32",
+        "pruned-int8-qat",
+    ]
     assert len({frozenset(child.metrics) for child in children}) == 1
     assert {child.tags["validity"] for child in children} <= {"VALID", "INVALID"}
     paths = set(tracker.files(run.run_id))

@@ -57,10 +57,10 @@ def test_end_is_noticed_at_once(session: TargetSession) -> None:
     assert min(delays) < 0.3
 
 
-def test_result_may_be_large_and_the_verb_may_print(session: TargetSession) -> None:
-    assert len(run(session, {"do": "large", "count": 300_000})["values"]) == 300_000
-    assert "version" in run(session, {"do": "print"})
-    assert "version" in session.call("trial", {"do": "print"})
+def test_result_may_be_large_and_the_verb_may_print(ssh_session: TargetSession) -> None:
+    assert len(run(ssh_session, {"do": "large", "count": 300_000})["values"]) == 300_000
+    assert "version" in run(ssh_session, {"do": "print"})
+    assert "version" in ssh_session.call("trial", {"do": "print"})
 
 
 FAILURES: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -73,15 +73,15 @@ FAILURES: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-def test_failures_become_named_errors(session: TargetSession) -> None:
+def test_failures_become_named_errors(ssh_session: TargetSession) -> None:
     for request, error, message in FAILURES:
         with pytest.raises(error, match=message):
-            run(session, request)
+            run(ssh_session, request)
 
 
-def test_unknown_verb(session: TargetSession) -> None:
+def test_unknown_verb(ssh_session: TargetSession) -> None:
     with pytest.raises(RemoteCommandError, match="no verb 'nonsense'"):
-        session.call("nonsense", {})
+        ssh_session.call("nonsense", {})
 
 
 def test_timeout_ends_the_whole_group(session: TargetSession) -> None:
@@ -90,33 +90,33 @@ def test_timeout_ends_the_whole_group(session: TargetSession) -> None:
     assert not processes("sleep 97.11")
 
 
-def test_a_child_left_behind_is_ended(session: TargetSession) -> None:
-    run(session, {"child": "97.22"})
+def test_a_child_left_behind_is_ended(ssh_session: TargetSession) -> None:
+    run(ssh_session, {"child": "97.22"})
     assert not processes("sleep 97.22")
 
 
-def test_an_error_in_the_callback_ends_the_job(session: TargetSession) -> None:
+def test_an_error_in_the_callback_ends_the_job(ssh_session: TargetSession) -> None:
     def fail(line: Any) -> None:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        session.run_job("trial", {"child": "97.33", "steps": 1, "step_s": 60}, 90, fail, lease=False)
-    assert_nothing_left(session, "sleep 97.33")
+        ssh_session.run_job("trial", {"child": "97.33", "steps": 1, "step_s": 60}, 90, fail, lease=False)
+    assert_nothing_left(ssh_session, "sleep 97.33")
 
 
 def test_interrupt_ends_the_jobs_of_other_threads(
-    session: TargetSession, monkeypatch: pytest.MonkeyPatch
+    ssh_session: TargetSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs, "_interrupted", threading.Event())
     seen = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         request = {"child": "97.44", "steps": 2, "step_s": 60}
-        future = pool.submit(session.run_job, "trial", request, 90, lambda line: seen.set(), lease=False)
+        future = pool.submit(ssh_session.run_job, "trial", request, 90, lambda line: seen.set(), lease=False)
         assert seen.wait(10)
         jobs.interrupt_jobs()
         with pytest.raises(KeyboardInterrupt):
             future.result(20)
-    assert_nothing_left(session, "sleep 97.44")
+    assert_nothing_left(ssh_session, "sleep 97.44")
 
 
 def test_a_dropped_connection_attaches_again(session: TargetSession, tmp_path: Path) -> None:
@@ -167,12 +167,12 @@ def test_a_job_whose_host_was_away_too_long(sshd: Any, agent_folder: Path) -> No
 
 @pytest.mark.parametrize(("reboots", "runs"), [(1, 2), (2, 2)])
 def test_a_reboot_restarts_the_job_once(
-    session: TargetSession, tmp_path: Path, reboots: int, runs: int
+    ssh_session: TargetSession, tmp_path: Path, reboots: int, runs: int
 ) -> None:
     """A reboot as the job sees it: every process gone at once, and another boot id."""
     count = tmp_path / "count"
     left = [reboots]
-    work_dir = Path(session.call("trial", {})["work_dir"])
+    work_dir = Path(ssh_session.call("trial", {})["work_dir"])
 
     def reboot(line: Any) -> None:
         if left[0] > 0 and "done" in line:
@@ -183,21 +183,21 @@ def test_a_reboot_restarts_the_job_once(
 
     request = {"count_file": str(count), "steps": 1, "step_s": 1.5}
     if reboots == 1:
-        session.run_job("trial", request, 20, reboot, lease=False)
+        ssh_session.run_job("trial", request, 20, reboot, lease=False)
     else:
         with pytest.raises(RemoteCommandError, match="rebooted twice"):
-            session.run_job("trial", request, 20, reboot, lease=False)
+            ssh_session.run_job("trial", request, 20, reboot, lease=False)
     assert count.read_text() == "run\n" * runs
 
 
-def test_a_killed_supervisor_takes_the_worker_along(session: TargetSession) -> None:
+def test_a_killed_supervisor_takes_the_worker_along(ssh_session: TargetSession) -> None:
     def kill(line: Any) -> None:
-        (folder,) = (Path(session.call("trial", {})["work_dir"]) / "jobs").iterdir()
+        (folder,) = (Path(ssh_session.call("trial", {})["work_dir"]) / "jobs").iterdir()
         os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
 
     with pytest.raises(RemoteCommandError, match="killed together with its supervisor"):
-        session.run_job("trial", {"steps": 1, "step_s": 60}, 90, kill, lease=False)
-    assert_nothing_left(session, "trial.never")
+        ssh_session.run_job("trial", {"steps": 1, "step_s": 60}, 90, kill, lease=False)
+    assert_nothing_left(ssh_session, "trial.never")
 
 
 def test_jobs_take_turns(target: Target, agent_folder: Path) -> None:
