@@ -123,6 +123,8 @@ class _Pruner:
         self.structure: Structure = describe_structure(context.workload.network(), network)
         self.initial: dict[str, int] = {}
         self.ratios_used: list[float] = []
+        #: Shares of the MACs that this step's cuts would leave, by their roots and sizes.
+        self.tried: dict[tuple[tuple[str, int], ...], float] = {}
         names = [name for name, _ in (*network.named_modules(), *network.named_parameters()) if name]
         ignored = matching_names(config.ignored_layers, names, "prune.ignored_layers")
         self.ignored = frozenset(name for found in ignored.values() for name in found)
@@ -137,6 +139,7 @@ class _Pruner:
         """Prunes to the share of the whole that this step is due, and reloads the result from its record."""
         share = step / self.config.iterative_steps
         candidates = self._candidates()
+        self.tried.clear()
         ratio = self._ratio(candidates, share)
         apply_cuts(
             self.network, self.inputs, self.workload.output_names, self._cuts(candidates, ratio, share)
@@ -180,11 +183,15 @@ class _Pruner:
         return _smallest_ratio(lambda ratio: self._macs_ratio(candidates, ratio, share), wanted)
 
     def _macs_ratio(self, candidates: list[Candidate], ratio: float, share: float) -> float:
-        """MACs that a ratio would leave, of a copy that is really cut and counted."""
-        trial = copy.deepcopy(self.network)
-        apply_cuts(trial, self.inputs, self.workload.output_names, self._cuts(candidates, ratio, share))
-        self._call(trial)
-        return total_macs(trial, self.inputs) / self.baseline_macs
+        """MACs that a ratio would leave, of a copy that is really cut and counted, once for the same cuts."""
+        cuts = self._cuts(candidates, ratio, share)
+        key = tuple((cut.root, len(cut.indices)) for cut in cuts)
+        if key not in self.tried:
+            trial = copy.deepcopy(self.network)
+            apply_cuts(trial, self.inputs, self.workload.output_names, cuts)
+            self._call(trial)
+            self.tried[key] = total_macs(trial, self.inputs) / self.baseline_macs
+        return self.tried[key]
 
     def _check_outputs(self) -> None:
         outputs = self._call(self.network)
@@ -201,7 +208,9 @@ class _Pruner:
         self.structure = describe_structure(self.workload.network(), self.network)
         rebuilt = build_network(self.workload, self.structure).eval()
         load_weights(rebuilt, network_tensors(self.network), source="the pruned network")
-        expected, found = self._call(self.network), self._call(rebuilt)
+        sample, _ = self.workload.collate([self.workload.evaluation_data()[0]])
+        names = self.workload.output_names
+        expected, found = (checked_outputs(each, sample, names) for each in (self.network, rebuilt))
         if not all(torch.allclose(expected[name], found[name], equal_nan=True) for name in expected):
             raise PruningError(
                 "The pruned network does not give the same outputs when it is rebuilt: it keeps state that "
