@@ -7,12 +7,17 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from safetensors.numpy import load_file
 
 from jetway.configs.schema import BenchmarkConfig, BuildConfig, Target
 from jetway.tasks.artifacts import Engine, Tensors
 from jetway.tasks.canary import canary_inputs, canary_onnx
-from jetway.tasks.measurement import BenchmarkResult, LatencySummary, MachineState, measure_variants
+from jetway.tasks.measurement import (
+    BenchmarkResult,
+    LatencySummary,
+    MachineState,
+    measure_variants,
+    read_samples,
+)
 from jetway.tasks.remote import (
     RETRIES,
     RETRY_DELAYS_S,
@@ -106,7 +111,8 @@ def _measure(
     handle: Tensors,
     result: Mapping[str, Any],
 ) -> BenchmarkResult:
-    samples = load_file(context.store.open(handle))
+    excluded = tuple(result["excluded_rounds"])
+    samples = read_samples(context.store.open(handle), (*names, CANARY), excluded)
     batch_size = next(iter(context.workload.example_inputs().values())).shape[0]
     reasons = tuple(result["reasons"])
     return BenchmarkResult(
@@ -121,9 +127,10 @@ def _measure(
         ),
         validity=Validity(valid=not reasons, reasons=reasons),
         samples=handle,
-        canary=LatencySummary.of(samples[f"{CANARY}.latency_ns"], samples[f"{CANARY}.round"]),
+        canary=LatencySummary.of(*samples[CANARY]),
         canary_drift_ratio=result["drift_ratios"][CANARY],
         rounds=result["rounds"],
+        excluded_rounds=excluded,
         extensions=result["extensions"],
         slice_s=result["slice_s"],
         seed=result["seed"],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors.numpy import load_file
 
 from jetway.tasks.artifacts import SCHEMA_VERSION, Report, Tensors
 from jetway.tasks.results import Interval, Validity
@@ -18,6 +21,8 @@ from jetway.tasks.statistics import (
 )
 
 NS_PER_MS = 1e6
+#: Latencies in ns, and the round of each.
+Samples = tuple[Integers, Integers]
 PERCENTS = (50, 90, 95, 99)
 
 
@@ -133,7 +138,11 @@ class BenchmarkResult(_Value):
     canary: LatencySummary
     canary_drift_ratio: float
     rounds: int
-    extensions: int = Field(description="How often the session went on because something drifted.")
+    excluded_rounds: tuple[int, ...] = Field(
+        description="Rounds in which other processes held the CPU, by the scheduler's account. No figure "
+        "counts them; their samples are kept."
+    )
+    extensions: int = Field(description="How often the session went on because it was not valid yet.")
     slice_s: float
     seed: int = Field(description="Of the order of the slices.")
     machine_before: MachineState
@@ -152,8 +161,19 @@ class Evaluation(_Value):
     records: Report = Field(description="One record a sample, in the order of the evaluation data.")
 
 
+def read_samples(path: Path, names: Sequence[str], excluded_rounds: Sequence[int]) -> dict[str, Samples]:
+    """Latencies in ns and the round of each, by engine, without the excluded rounds."""
+    arrays = load_file(path)
+    samples = {}
+    for name in names:
+        latencies, rounds = arrays[f"{name}.latency_ns"], arrays[f"{name}.round"]
+        counted = ~np.isin(rounds, excluded_rounds)
+        samples[name] = (latencies[counted], rounds[counted])
+    return samples
+
+
 def measure_variants(
-    samples: Mapping[str, Integers],
+    samples: Mapping[str, Samples],
     names: tuple[str, ...],
     *,
     memory: Mapping[str, Mapping[str, float | None]],
@@ -162,10 +182,10 @@ def measure_variants(
     seed: int,
 ) -> dict[str, VariantMeasurement]:
     """The measurement of each variant from a session's samples; the first is the reference of the ratios."""
-    medians = {name: round_medians(samples[f"{name}.latency_ns"], samples[f"{name}.round"]) for name in names}
+    medians = {name: round_medians(*samples[name]) for name in names}
     measured = {}
     for name in names:
-        latency = LatencySummary.of(samples[f"{name}.latency_ns"], samples[f"{name}.round"], seed=seed)
+        latency = LatencySummary.of(*samples[name], seed=seed)
         value, interval = paired_ratio(medians[name], medians[names[0]], seed=seed)
         measured[name] = VariantMeasurement(
             variant=name,

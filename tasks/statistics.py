@@ -56,8 +56,8 @@ def percentile_intervals(
 ) -> dict[int, Interval]:
     """Interval of each percentile of the latencies, in their own unit, by bootstrap over rounds."""
     order = np.argsort(latencies, kind="stable")
-    ordered, round_of = latencies[order], rounds[order]
-    count = int(rounds.max()) + 1
+    ordered, round_of = latencies[order], np.unique(rounds, return_inverse=True)[1][order]
+    count = int(round_of.max()) + 1
     draws = np.random.default_rng(seed).multinomial(
         count, np.full(count, 1 / count), size=SUMMARIZE_RESAMPLES
     )

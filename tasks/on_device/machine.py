@@ -163,6 +163,12 @@ def stolen_ms() -> Optional[float]:
     return int(fields[8]) * 1000.0 / os.sysconf("SC_CLK_TCK") if len(fields) > 8 else None
 
 
+def waited_for_cpu_ns() -> int:
+    """Time that this thread was ready while another had its core; 0 where the kernel does not count it."""
+    fields = (read_text("/proc/thread-self/schedstat") or "").split()
+    return int(fields[1]) if len(fields) > 1 else 0
+
+
 def temperatures_c() -> Dict[str, float]:
     found = {}
     for zone in sorted(glob.glob("/sys/class/thermal/thermal_zone*")):
