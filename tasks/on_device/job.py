@@ -177,14 +177,17 @@ def emit(out: BinaryIO, **fields: Any) -> None:
 def start(job: Job) -> None:
     """Makes the folder and forks the supervisor, which inherits the folder's lock."""
     os.makedirs(job.folder)
-    lock = os.open(job.path("lock"), os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    job.write("boot_id", lease.boot_id())
-    job.write("heartbeat", "")
+    try:
+        lock = os.open(job.path("lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        job.write("boot_id", lease.boot_id())
+        job.write("heartbeat", "")
+    except OSError:
+        shutil.rmtree(job.folder, ignore_errors=True)
+        raise
     job.beat()
     if os.fork() == 0:
         os.setsid()
-        detach(job.path("log"), keep=lock)
         run_and_exit(lambda: supervise(job, lock))
     os.close(lock)
 
@@ -249,6 +252,7 @@ def supervise(job: Job, lock: int) -> None:
     """Runs the job to its end, publishes the outcome, and stays until the host has it or is gone."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        detach(job.path("log"), keep=lock)
         job.write("pid", str(os.getpid()))
         publish(job, outcome_of(job, lock))
         while True:

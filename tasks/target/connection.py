@@ -107,7 +107,10 @@ class Connection:
         limited = ["sh", "-c", LIMIT_SCRIPT, "jetway", f"{timeout_s:g}", *argv]
         with self.start(limited) as process:
             process.argv = tuple(argv)
-            result = process.communicate(stdin, timeout_s + TIMEOUT_SLACK_S)
+            try:
+                result = process.communicate(stdin, timeout_s + TIMEOUT_SLACK_S)
+            except TimeoutError as exc:
+                raise process.timed_out(timeout_s) from exc
             if result.exit_status in (124, 137, -1) and time.monotonic() - started >= timeout_s:
                 raise process.timed_out(timeout_s)
             if check and result.exit_status != 0:
@@ -149,12 +152,12 @@ class Connection:
 
     def _guard(self, connection: fabric.Connection) -> None:
         """Fabric accepts any host key; neither the target nor a jump host may profit from that."""
-        policy = self._unknown_host_key or RefuseUnknownHostKey(self.target)
-        connection.client.set_missing_host_key_policy(policy)
+        connection.client.set_missing_host_key_policy(
+            self._unknown_host_key or RefuseUnknownHostKey(self.target)
+        )
         if self._unknown_host_key is None:
             load_known_hosts(connection.client, self.target)
-        if isinstance(connection.gateway, fabric.Connection):
-            jump_host = connection.gateway
+        for jump_host in jump_hosts(connection):
             jump_host.client.set_missing_host_key_policy(RefuseUnknownHostKey(self.target))
             load_known_hosts(jump_host.client, self.target)
 
@@ -169,11 +172,17 @@ class Connection:
             self._fabric = None
 
 
+def jump_hosts(connection: fabric.Connection) -> Iterator[fabric.Connection]:
+    """The connections that this one goes through, as ~/.ssh/config has it (ProxyJump)."""
+    while isinstance(connection.gateway, fabric.Connection):
+        connection = connection.gateway
+        yield connection
+
+
 def close_fabric(connection: fabric.Connection) -> None:
     """Also when it never came to be open, which Fabric's own close leaves as it is."""
-    connection.client.close()
-    if isinstance(connection.gateway, fabric.Connection):
-        connection.gateway.client.close()
+    for hop in (connection, *jump_hosts(connection)):
+        hop.client.close()
 
 
 class WatchedSocket:

@@ -44,7 +44,10 @@ _interrupted = threading.Event()
 
 
 def interrupt_jobs() -> None:
-    """Ends every job that this process follows, in whatever thread. For Ctrl-C: threads do not see that."""
+    """Ends every job that this process follows or will yet start, in whatever thread.
+
+    For Ctrl-C, which only the main thread sees.
+    """
     _interrupted.set()
 
 
@@ -125,6 +128,7 @@ class _Follower:
         self._on_progress = on_progress
         self._reconnect_limit_s = reconnect_limit_s
         self._target = connection.target
+        self._ended = False
 
     def run(self) -> Json:
         try:
@@ -132,7 +136,8 @@ class _Follower:
         except (JobGone, JetwayError):
             raise
         except BaseException:
-            self._end_from_afar()
+            if not self._ended:
+                self._end_from_afar()
             raise
 
     def _follow_until_done(self) -> Json:
@@ -179,13 +184,13 @@ class _Follower:
         """Follows the job on one connection. An error of ours or a Ctrl-C ends the job first."""
         try:
             record = self._next_outcome(process)
-            self._finish(process)
-            return _result_of(record, self._job.verb, self._target.name)
         except (TargetUnreachableError, JobGone):
             raise
         except BaseException:
             self._finish(process)
             raise
+        self._finish(process)
+        return _result_of(record, self._job.verb, self._target.name)
 
     def _next_outcome(self, process: RemoteProcess) -> Json:
         beat = time.monotonic()
@@ -222,6 +227,7 @@ class _Follower:
 
     def _finish(self, process: RemoteProcess) -> None:
         """Ends what is left of the job and waits until its folder is gone."""
+        self._ended = True
         try:
             process.write(END)
             until = time.monotonic() + END_TIMEOUT_S

@@ -165,18 +165,13 @@ class RemoteProcess:
         return status
 
     def communicate(self, stdin: bytes, timeout_s: float) -> CommandResult:
-        """Sends stdin, reads everything, and waits. Raises TargetTimeoutError after ``timeout_s``."""
+        """Sends stdin, reads everything, and waits. Raises TimeoutError after ``timeout_s``."""
         deadline = time.monotonic() + timeout_s
         output = Output(OUTPUT_LIMIT_BYTES)
-        try:
-            self._channel.settimeout(timeout_s)
-            self._send_input(stdin)
-            while data := self.read(max(0.001, deadline - time.monotonic())):
-                output.add(data)
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-        except TimeoutError as exc:
-            raise self.timed_out(timeout_s) from exc
+        self._channel.settimeout(timeout_s)
+        self._send_input(stdin)
+        while data := self.read(max(0.001, deadline - time.monotonic())):
+            output.add(data)
         status = self.wait()
         self._drain.join(timeout=5)
         return CommandResult(

@@ -99,8 +99,7 @@ def test_pull_refuses_what_does_not_match(session: TargetSession, tmp_path: Path
 def test_corrupt_blob_is_refused_by_a_job(session: TargetSession, tmp_path: Path) -> None:
     handle, path = make_file(tmp_path, 5 * MIB)
     remote = Path(session.push(handle, path))
-    with remote.open("r+b") as file:
-        file.write(b"x")
+    flip_first_byte(remote)
     with pytest.raises(ArtifactError, match="Run the pipeline again"):
         session.run_job("trial", {"files": [{"onnx": str(remote)}]}, 10, lease=False)
     assert not remote.exists()
@@ -195,6 +194,13 @@ def test_noise_of_a_login_disturbs_nothing(noisy_sshd: Any, tmp_path: Path, agen
         assert session.call("trial", {})["work_dir"]
         assert session.run_job("trial", {"steps": 2}, 10, lease=False)["work_dir"]
     assert file_sha256(tmp_path / "back") == handle.sha256
+
+
+def flip_first_byte(path: Path) -> None:
+    with path.open("r+b") as file:
+        first = file.read(1)[0]
+        file.seek(0)
+        file.write(bytes([first ^ 1]))
 
 
 def blobs_of(session: TargetSession, sha256: str) -> list[Path]:
