@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -112,6 +113,7 @@ def test_one_server_serves_the_process_and_is_replaced_when_it_dies() -> None:
     assert loopback.resolve(target).port == first.port
     os.kill(loopback._servers[os.getpid()]._process.pid, signal.SIGKILL)
     wait_for(lambda: not loopback._servers[os.getpid()].is_running(), 5)
+    shutil.rmtree(Path(str(first.identity_file)).parent)
     with open_target(target) as session:
         assert session.connection.run(["echo", "back"], timeout_s=10).text == "back\n"
 
