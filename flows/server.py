@@ -147,7 +147,7 @@ def running_server(*, home: Path | None = None) -> Server | None:
 def prefect_settings(server: Server) -> Iterator[None]:
     """Settings for flow calls inside: this API, a quiet console, and our log lines kept in the Prefect run.
 
-    Warnings and errors still reach the console.
+    A failed task's traceback stays in the Prefect run too: the error itself reaches the caller.
     """
     from prefect.logging.handlers import APILogHandler, PrefectConsoleHandler
     from prefect.settings import (
@@ -170,7 +170,7 @@ def prefect_settings(server: Server) -> Iterator[None]:
     with temporary_settings(settings):
         try:
             for console in consoles:
-                console.setLevel(logging.WARNING)
+                console.setLevel(logging.CRITICAL)
             logger.setLevel(logging.INFO)
             logger.addHandler(to_run)
             yield

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from jetway.configs.schema import EngineName, Precision, Recipe, Target
 from jetway.tasks.errors import TargetMismatchError
-from jetway.tasks.remote import RETRIES, RETRY_DELAYS_S, is_unreachable
+from jetway.tasks.remote import RETRY_DELAYS_S, is_unreachable
 from jetway.tasks.stage import StageContext
 from jetway.tasks.target.session import TargetSession, open_target
 
@@ -151,8 +151,9 @@ def _thread_problems(recipe: Recipe, info: TargetInfo) -> list[str]:
     task_run_name="preflight {target.name}",
     cache_policy=NO_CACHE,
     persist_result=False,
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAYS_S,
+    # Nothing is lost yet, and somebody who mistyped a port is waiting.
+    retries=1,
+    retry_delay_seconds=RETRY_DELAYS_S[0],
     retry_condition_fn=is_unreachable,
 )
 def preflight(context: StageContext, target: Target, recipe: Recipe) -> TargetInfo:
