@@ -10,7 +10,7 @@ from pathlib import Path
 import paramiko
 
 from jetway.configs.schema import Target
-from jetway.tasks.errors import TargetUnreachableError
+from jetway.tasks.errors import ConfigError, TargetUnreachableError
 from jetway.tasks.target.connection import Connection, recorded_hosts
 
 
@@ -33,6 +33,11 @@ class HostKey:
 
 def fetch_host_key(target: Target) -> HostKey:
     """Asks the target for its host key, without logging in. Raises TargetUnreachableError."""
+    if target.kind == "loopback":
+        raise ConfigError(
+            f"{target.name}: a loopback target makes its host key anew each time and knows it already. "
+            "Nothing needs to be trusted."
+        )
     try:
         with Connection(target, unknown_host_key=_Show()) as connection:
             connection.open()

@@ -14,7 +14,7 @@ from jetway.configs.schema import Target
 from jetway.tasks.errors import ConfigError, HostKeyError, TargetError, TargetUnreachableError
 from jetway.tasks.target.connection import translate
 from jetway.tasks.target.process import command_line, parse_record, quote, readable
-from jetway.tasks.target.trust import HostKey, record_host_key
+from jetway.tasks.target.trust import HostKey, fetch_host_key, record_host_key
 
 TARGET = Target(name="bench", host="bench.example", user="me")
 KEY = paramiko.ECDSAKey.generate()
@@ -85,6 +85,11 @@ def test_records_are_found_among_noise(line: bytes, expected: object) -> None:
 
 def test_readable_drops_what_a_terminal_would_obey() -> None:
     assert readable(b"\x1b[31mred\xff\r\n\x07ok") == "[31mred\ufffd\nok"
+
+
+def test_loopback_needs_no_trust() -> None:
+    with pytest.raises(ConfigError, match="Nothing needs to be trusted"):
+        fetch_host_key(Target(name="loopback", kind="loopback"))
 
 
 def test_recording_a_key_replaces_the_host_s_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
