@@ -5,6 +5,7 @@ as an ONNX file. The saved graph is final, so it is loaded with optimization off
 operator for operator, at the speed of a plain ORT_ENABLE_ALL session.
 """
 
+import errno
 import json
 import os
 import re
@@ -142,8 +143,6 @@ FAILING_NODE = (
     re.compile(r"implementation for (?P<operator>\S+) node with name '(?P<node>[^']*)'"),
     re.compile(r"Fatal error: (?P<operator>\S+) is not a registered function/op"),
 )
-# A save that fails for another reason leaves at least this much free.
-FULL_DISK_BYTES = 1 << 20
 
 
 def _kind_of(exc: Exception, otherwise: str) -> str:
@@ -165,7 +164,7 @@ def build_error(exc: Exception, onnx_path: str, folder: str) -> DeviceError:
         return _build_failed(
             "out_of_memory", "The build ran out of memory", text, "free memory on the target"
         )
-    if DISK_FULL_WORDS.search(text) or _nearly_full(folder, onnx_path):
+    if DISK_FULL_WORDS.search(text) or not _has_room(folder, os.path.getsize(onnx_path)):
         return _build_failed("disk_full", "The disk of {} is full".format(folder), text, "free some of it")
     if UNSUPPORTED_WORDS.search(text):
         return _build_failed("unsupported_operator", unsupported_operator(text), text, "replace that layer")
@@ -187,10 +186,14 @@ def unsupported_operator(text: str) -> str:
     return "ONNX Runtime {} lacks an operator".format(version())
 
 
-def _nearly_full(folder: str, onnx_path: str) -> bool:
-    """Whether an engine of about the ONNX file's size cannot have fitted; its message does not say so."""
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize < max(FULL_DISK_BYTES, os.path.getsize(onnx_path))
+def _has_room(folder: str, size: int) -> bool:
+    """Whether so many bytes can be had, quota included. ONNX Runtime does not say why it could not write."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+    except OSError as exc:
+        return exc.errno not in (errno.ENOSPC, errno.EDQUOT)
+    return True
 
 
 def operator_costs(engine_path: str, threads: int, inputs: Dict[str, Any]) -> List[Dict[str, Any]]:
