@@ -286,11 +286,12 @@ class Tracker:
             return self._experiments[name]
 
     def _make_experiment(self, name: str) -> str:
+        client = self._client
         with one_at_a_time(self.uri):
-            found = self._client.get_experiment_by_name(name)
+            found = client.get_experiment_by_name(name)
             if found is not None:
                 return str(found.experiment_id)
-            return str(self._client.create_experiment(name, artifact_location=artifact_location(self.uri)))
+            return str(client.create_experiment(name, artifact_location=artifact_location(self.uri)))
 
     def _experiment_ids(self, name: str | None) -> list[str]:
         if name is None:
