@@ -52,7 +52,7 @@ def test_engine_gives_what_a_plain_session_gives(workplace, networks):
 
 
 def quantized(onnx_path, folder):
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):
@@ -66,7 +66,10 @@ def quantized(onnx_path, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quant_pre_process(onnx_path, prepared, skip_symbolic_shape=True)
-        quantize_static(prepared, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True)
+        quantize_static(
+            prepared, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8,
+        )  # fmt: skip
     return path
 
 
