@@ -123,8 +123,9 @@ def find_candidates(
         members = tuple(_members(graph, group))
         if _reaches_output(group) or ignored.intersection(members):
             continue
-        group = _attention_from_its_end(graph, group, network)
-        scores = importance(group)
+        with _unfollowed(members[0]):
+            group = _attention_from_its_end(graph, group, network)
+            scores = importance(group)
         count = max([1, *(blocks[name] for name in _blocked(graph, group, blocks))])
         if scores is not None and len(scores) % count == 0:
             found.append(_candidate(graph, group, members, count, scores))
@@ -165,13 +166,14 @@ def apply_cuts(network: nn.Module, inputs: Inputs, output_names: Sequence[str], 
     widths = {name: _inner_width(module) for name, module in _attention_modules(network)}
     graph = trace_dependencies(network, inputs, output_names)
     for cut in cuts:
-        group = graph.get_pruning_group(network.get_submodule(cut.root), cut.handler, cut.indices)
-        if not graph.check_pruning_group(group):
-            raise PruningError(
-                f"Pruning {cut.root!r} would leave a layer that depends on it without channels. "
-                "Lower prune.pruning_ratio or prune.max_pruning_ratio, or add it to prune.ignored_layers."
-            )
-        group.prune()
+        with _unfollowed(cut.root):
+            group = graph.get_pruning_group(network.get_submodule(cut.root), cut.handler, cut.indices)
+            if not graph.check_pruning_group(group):
+                raise PruningError(
+                    f"Pruning {cut.root!r} would leave a layer that depends on it without channels. "
+                    "Lower prune.pruning_ratio or prune.max_pruning_ratio, or add it to prune.ignored_layers."
+                )
+            group.prune()
     for name, module in _attention_modules(network):
         _update_widths(module, widths[name])
 
@@ -277,6 +279,15 @@ def _heads(module: nn.Module) -> int:
     return found[0] if found else 0
 
 
+def _has_heads(module: nn.Module) -> bool:
+    return _heads(module) > 0 and not isinstance(module, nn.MultiheadAttention)
+
+
+def _below(module: nn.Module) -> list[nn.Module]:
+    """All modules inside of this one."""
+    return list(module.modules())[1:]
+
+
 def _projections(module: nn.Module) -> tuple[str, ...]:
     """Names of the linear layers that make queries, keys and values of equal width; empty when not known."""
     for names in (*((name,) for name in _FUSED), *_SEPARATE):
@@ -292,7 +303,7 @@ def _attention_modules(network: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
         (name, module)
         for name, module in network.named_modules()
-        if not isinstance(module, nn.MultiheadAttention) and _heads(module) and _projections(module)
+        if _has_heads(module) and _projections(module)
     ]
 
 
@@ -300,17 +311,13 @@ def _unknown_attention_layers(network: nn.Module) -> frozenset[str]:
     """Linear layers of modules with heads whose projections have other names: left alone, and said so."""
     layers = set()
     for name, module in network.named_modules():
-        if isinstance(module, nn.MultiheadAttention) or not _heads(module) or _projections(module):
+        if not _has_heads(module) or _projections(module) or any(map(_heads, _below(module))):
             continue
         own = {
             f"{name}.{child}".lstrip(".") for child, m in module.named_children() if isinstance(m, nn.Linear)
         }
         if own:
-            logger.warning(
-                "prune: %s has heads, but no projections named like %s: its layers stay whole",
-                name,
-                _FUSED[0],
-            )
+            logger.warning("prune: %r has heads, but no projections of a known name: it stays whole", name)
         layers |= own
     return frozenset(layers)
 
@@ -351,6 +358,20 @@ def _update_widths(module: nn.Module, old: int) -> None:
         for key in keys:
             if vars(module).get(key) == before:
                 setattr(module, key, after)
+
+
+@contextmanager
+def _unfollowed(layer: str) -> Iterator[None]:
+    """Turns what Torch-Pruning raises where it loses track of channels into a PruningError."""
+    try:
+        yield
+    except PruningError:
+        raise
+    except Exception as exc:
+        raise PruningError(
+            f"The channels of {layer!r} cannot be followed through the network, which splits, reorders or "
+            f"reshapes them ({type(exc).__name__}: {exc}). Add {layer!r} to prune.ignored_layers."
+        ) from exc
 
 
 @contextmanager

@@ -160,7 +160,7 @@ class _Pruner:
         if not candidates:
             raise PruningError(
                 f"Nothing can be pruned by importance {self.config.importance}: every group of layers is "
-                "ignored, makes an output, or has nothing to rank by. Ignore fewer layers, or use l2."
+                "ignored, makes an output, or has nothing to rank by. Ignore fewer, or rank by l2."
             )
         for candidate in candidates:
             self.initial.setdefault(candidate.root, candidate.channels)

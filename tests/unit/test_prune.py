@@ -274,6 +274,23 @@ def test_network_without_gradients_is_a_pruning_error(start):
         pruned(context, baseline)
 
 
+def test_attention_of_another_making_stays_whole_and_is_named(start, caplog):
+    context, baseline = start("OtherAttention")
+    network = reload(context, pruned(context, baseline))
+    assert network.attn.asked.weight.shape == (32, 32)
+    assert network.up.out_features == 32
+    assert "'attn' has heads" in caplog.text
+    assert "''" not in caplog.text
+
+
+def test_channels_that_cannot_be_followed_name_the_layer(start):
+    context, baseline = start("Shuffled")
+    with pytest.raises(PruningError, match=r"The channels of 'conv' .* Add 'conv' to prune\.ignored_layers"):
+        pruned(context, baseline)
+    output = pruned(context, baseline, ignored_layers=("conv", "stem"))
+    assert reload(context, output).mix.out_channels == 8
+
+
 def test_nothing_left_to_prune_is_a_pruning_error(start):
     context, baseline = start("Residual")
     with pytest.raises(PruningError, match="Nothing can be pruned"):

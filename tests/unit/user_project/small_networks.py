@@ -174,6 +174,56 @@ class Body(nn.Module):
         return F.adaptive_avg_pool2d(self.conv(x), 2).view(-1, 64)
 
 
+class OtherAttention(nn.Module):
+        layers = (self.asked, self.known, self.said)
+        parts = [layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in layers]
+
+    shape = (6, 16)
+
+    def __init__(self, num_heads=4):
+        super().__init__()
+        self.num_heads = num_heads
+        self.embed = nn.Linear(16, 32)
+        self.attn = Mixing(32, num_heads)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = x + self.attn(x)
+        return self.head((x + self.down(F.relu(self.up(x)))).mean(dim=1))
+
+
+class Mixing(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.asked, self.known, self.said, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        parts = [
+            layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.asked, self.known, self.said)
+        ]
+        return self.out(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
+
+
+class Shuffled(nn.Module):
+    """Reorders halves of a concatenation: its channels cannot be followed."""
+
+    shape = (3, 8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1)
+        self.norm, self.mix, self.head = nn.BatchNorm2d(32), nn.Conv2d(32, 16, 1), nn.Conv2d(16, 5, 1)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        first, second = self.norm(torch.cat([x, self.conv(x)], dim=1)).chunk(2, dim=1)
+        return self.head(self.mix(torch.cat([second, first], dim=1))).mean(dim=(2, 3))
+
+
 class Untraceable(nn.Module):
     shape = (3, 8, 8)
 
