@@ -175,8 +175,7 @@ class Body(nn.Module):
 
 
 class OtherAttention(nn.Module):
-        layers = (self.asked, self.known, self.said)
-        parts = [layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in layers]
+    """Attention whose projections have names of their own, in a network that keeps the number of heads too."""
 
     shape = (6, 16)
 
