@@ -175,7 +175,7 @@ class Body(nn.Module):
 
 
 class OtherAttention(nn.Module):
-    """Attention whose projections have names of their own, in a network that keeps the number of heads too."""
+    """Attention whose projections have names of their own; the network knows the number of heads too."""
 
     shape = (6, 16)
 
