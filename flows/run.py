@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from prefect.exceptions import PrefectException
 
@@ -19,6 +21,7 @@ from jetway.flows.terminal import Terminal
 from jetway.tasks.errors import JetwayError, TrackingError
 from jetway.tasks.stage import FinishedStage
 from jetway.tasks.table import run_json
+from jetway.tasks.target.jobs import interrupt_jobs
 from jetway.tasks.workload import check_workload
 
 EXIT_INTERRUPTED = 130
@@ -47,6 +50,8 @@ def run_deploy(
     started_s: float,
 ) -> int:
     """Runs the flow to its end and returns the exit code. ``started_s`` is when the process started."""
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     terminal = Terminal()
     observer = TerminalObserver(terminal)
     status, code, result = "FAILED", 1, None
@@ -74,6 +79,12 @@ def run_deploy(
             f"Look closer: jetway show {observer.run_id[:8]}, jetway ui"
         )
     return code
+
+
+def interrupt(signum: int, frame: Any) -> None:
+    """Ctrl-C reaches the main thread alone; the jobs that other threads follow must end too."""
+    interrupt_jobs()
+    raise KeyboardInterrupt
 
 
 def check_inputs(recipe_name: str, targets: list[str] | None, overrides: list[str]) -> None:

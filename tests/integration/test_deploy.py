@@ -21,7 +21,7 @@ def variants(run):
     return [row["variant"] for row in run.json["variants"]]
 
 
-def test_readme_example_deploys_and_then_is_reused(project, jetway, jetway_home):
+def test_readme_example_deploys_and_then_is_reused(project, jetway, cli_home):
     first = jetway("run", "my_recipe.yaml", "--json", cwd=project)
     assert first.exit_code == 0, first.stderr
     assert variants(first) == ["baseline-fp32", "pruned-fp32", "pruned-int8-qat"]
@@ -49,7 +49,7 @@ def test_readme_example_deploys_and_then_is_reused(project, jetway, jetway_home)
         "verify",
     }
 
-    check_record(jetway_home, first.json)
+    check_record(cli_home, first.json)
     shown = jetway("show", first.json["run_id"][:12], cwd=project)
     assert shown.exit_code == 0
     assert "pruned-int8-qat" in shown.stdout
