@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,9 @@ from jetway.tasks.workload import Inputs
 #: Attempts after a lost connection, and the seconds before each.
 RETRIES = 3
 RETRY_DELAYS_S = [2.0, 8.0, 30.0]
+
+# Builds run side by side in threads, and the seeds are the process's.
+_seeded = threading.Lock()
 
 
 def is_unreachable(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -56,8 +60,10 @@ def save_inputs(context: StageContext, inputs: Inputs) -> Tensors:
 
 def example_inputs(context: StageContext) -> Tensors:
     """The workload's example inputs, drawn from the recipe's seed."""
-    seed_everything(stage_seed(context.seed, "example_inputs"))
-    return save_inputs(context, context.workload.example_inputs())
+    with _seeded:
+        seed_everything(stage_seed(context.seed, "example_inputs"))
+        inputs = context.workload.example_inputs()
+    return save_inputs(context, inputs)
 
 
 def build_on_target(

@@ -61,7 +61,7 @@ class TwoInputs(nn.Module):
         return (self.embedding(tokens) * scale[:, None, None]).sum(1), tokens.max(dim=1).values
 
 
-@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_inputs_and_outputs_of_other_types(workplace):
     torch.manual_seed(0)
     path = workplace.folder / "two.onnx"
