@@ -39,6 +39,7 @@ IDLE_S = 900.0
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 10.0
 POLL_S = 0.1
+DRAIN_TIMEOUT_S = 10.0
 QUEUE_TIMEOUT_S = 15.0
 # The shortest lease that Prefect grants.
 LEASE_S = 60.0
@@ -50,10 +51,10 @@ _spawned: list[subprocess.Popen[bytes]] = []
 class Server:
     """A Prefect API and, if it is ours, the hold on it that keeps it running. Use it in ``with``."""
 
-    def __init__(self, api_url: str, *, home: Path | None = None, hold: IO[str] | None = None) -> None:
+    def __init__(self, api_url: str, *, folder: Path | None = None, hold: IO[str] | None = None) -> None:
         #: Address of the API, as ``PREFECT_API_URL`` wants it.
         self.api_url = api_url
-        self._home = home
+        self._folder = folder
         self._hold = hold
 
     @property
@@ -65,9 +66,9 @@ class Server:
         """Returns when the API answers. Raises TrackingError when it does not in time, or has died."""
         deadline = time.monotonic() + timeout_s
         while not _answers(self.api_url):
-            if self._home is not None and not _locked(self._home / "server.lock"):
+            if self._folder is not None and not _locked(self._folder / "server.lock"):
                 raise TrackingError(
-                    f"The local Prefect server ended while it started. {_log_tail(self._home)}"
+                    f"The local Prefect server ended while it started. {_log_tail(self._folder)}"
                 )
             if time.monotonic() > deadline:
                 raise TrackingError(self._silent(timeout_s))
@@ -88,9 +89,9 @@ class Server:
         self.close()
 
     def _silent(self, timeout_s: float) -> str:
-        if self._home is not None:
+        if self._folder is not None:
             return (
-                f"The local Prefect server did not answer within {timeout_s:.0f} s. {_log_tail(self._home)}"
+                f"The local Prefect server did not answer within {timeout_s:.0f} s. {_log_tail(self._folder)}"
             )
         return (
             f"No Prefect server answers at {self.api_url} within {timeout_s:.0f} s. Start it, or unset "
@@ -115,7 +116,7 @@ def start_server(*, idle_s: float = IDLE_S, home: Path | None = None) -> Server:
         if not _locked(folder / "server.lock"):
             _spawn(folder, idle_s)
     port = _read_state(folder)["port"]
-    return Server(f"http://127.0.0.1:{port}/api", home=folder, hold=hold)
+    return Server(f"http://127.0.0.1:{port}/api", folder=folder, hold=hold)
 
 
 def stop_server(*, home: Path | None = None) -> bool:
@@ -140,16 +141,17 @@ def running_server(*, home: Path | None = None) -> Server | None:
     folder = _folder(home)
     if not (folder / "server.lock").exists() or not _locked(folder / "server.lock"):
         return None
-    return Server(f"http://127.0.0.1:{_read_state(folder)['port']}/api", home=folder)
+    return Server(f"http://127.0.0.1:{_read_state(folder)['port']}/api", folder=folder)
 
 
 @contextmanager
 def prefect_settings(server: Server) -> Iterator[None]:
     """Settings for flow calls inside: this API, a quiet console, and our log lines kept in the Prefect run.
 
-    A failed task's traceback stays in the Prefect run too: the error itself reaches the caller.
+    Warnings and errors still reach the console. What is still to be sent is sent at the end of the block,
+    where Prefect would otherwise say that it is busy while the process exits.
     """
-    from prefect.logging.handlers import APILogHandler, PrefectConsoleHandler
+    from prefect.logging.handlers import APILogHandler
     from prefect.settings import (
         PREFECT_API_URL,
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
@@ -160,25 +162,21 @@ def prefect_settings(server: Server) -> Iterator[None]:
 
     settings: dict[Any, Any] = {
         PREFECT_API_URL: server.api_url,
-        PREFECT_HOME: os.environ["PREFECT_HOME"],
+        PREFECT_HOME: os.environ.get("PREFECT_HOME", str(_folder(None))),
         PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore",
         # The heartbeat's thread is joined at the end of every flow, which costs a second.
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
     }
-    consoles = [h for h in logging.getLogger().handlers if isinstance(h, PrefectConsoleHandler)]
-    levels, level, to_run = [h.level for h in consoles], logger.level, APILogHandler()
-    with temporary_settings(settings):
+    level, to_run = logger.level, APILogHandler()
+    with temporary_settings(settings), _quiet_console():
         try:
-            for console in consoles:
-                console.setLevel(logging.CRITICAL)
             logger.setLevel(logging.INFO)
             logger.addHandler(to_run)
             yield
         finally:
             logger.removeHandler(to_run)
             logger.setLevel(level)
-            for console, before in zip(consoles, levels, strict=True):
-                console.setLevel(before)
+            _send_the_rest()
 
 
 @contextmanager
@@ -201,6 +199,30 @@ def queue_for(target: str, *, timeout_s: float = QUEUE_TIMEOUT_S) -> Iterator[No
         except TimeoutError:
             logger.info("%s: the slot stays taken; its own lease decides", target)
         yield
+
+
+@contextmanager
+def _quiet_console() -> Iterator[None]:
+    from prefect.logging.handlers import PrefectConsoleHandler
+
+    consoles = [h for h in logging.getLogger().handlers if isinstance(h, PrefectConsoleHandler)]
+    levels = [console.level for console in consoles]
+    for console in consoles:
+        console.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for console, level in zip(consoles, levels, strict=True):
+            console.setLevel(level)
+
+
+def _send_the_rest() -> None:
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (EventsWorker, APILogWorker):
+        logging.getLogger(worker.__name__).setLevel(logging.ERROR)
+        worker.drain_all(timeout=DRAIN_TIMEOUT_S)
 
 
 def _folder(home: Path | None) -> Path:

@@ -129,7 +129,7 @@ def test_clean_leaves_a_running_pipeline_alone(tracker: Tracker, home: Path) -> 
     tracker.finish(running, "FINISHED")
 
 
-def test_clean_removes_resume_folders_and_orphans_older_than_the_kept_runs(tracker: Tracker, home: Path) -> None:
+def test_clean_removes_old_resume_folders_and_orphans(tracker: Tracker, home: Path) -> None:
     old, orphan = home / "work" / "old", home / "store" / "tmp" / "orphan"
     for folder in (old, orphan):
         (folder / "deep").mkdir(parents=True)

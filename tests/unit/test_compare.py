@@ -57,7 +57,10 @@ def test_derive_metrics_keeps_a_sessions_own_ratio() -> None:
 
 
 def test_derive_metrics_invents_nothing() -> None:
-    rows = [make_row("baseline-fp32", size_bytes=0, top1=0.9), make_row("pruned-fp32", size_bytes=4, top1=None)]
+    rows = [
+        make_row("baseline-fp32", size_bytes=0, top1=0.9),
+        make_row("pruned-fp32", size_bytes=4, top1=None),
+    ]
     derived = derive_metrics(rows, [TOP1])[1]
     assert [derived.value(name) for name in ("size_ratio", "macs_ratio", "top1_drop")] == [None, None, None]
 

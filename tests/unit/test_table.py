@@ -73,13 +73,27 @@ def test_stage_table_cuts_no_cell_at_usual_widths(width: int) -> None:
 
 def test_stage_table_shows_every_figure_at_120_columns() -> None:
     header = render(make_rows("loopback"), 120).splitlines()[1]
-    for title in ("params", "MACs", "size", "p50 ms", "p90 ms", "p99 ms", "samples/s", "MiB", "top1", "valid"):
+    for title in (
+        "params",
+        "MACs",
+        "size",
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "samples/s",
+        "MiB",
+        "top1",
+        "valid",
+    ):
         assert title in header
 
 
 def test_stage_table_groups_targets_under_their_machine() -> None:
     text = render(make_rows("loopback", "orin"), 120)
-    first, second = text.index("loopback: onnxruntime 1.31 on AMD"), text.index("orin: onnxruntime 1.31 on AMD")
+    first, second = (
+        text.index("loopback: onnxruntime 1.31 on AMD"),
+        text.index("orin: onnxruntime 1.31 on AMD"),
+    )
     assert first < text.index("baseline-fp32") < second
     assert text.count("baseline-fp32") == 2
 
@@ -93,7 +107,8 @@ def test_table_notes_name_invalid_measurements_and_missed_gates() -> None:
     notes = table_notes(make_rows("loopback"))
     assert "pruned-int8-ptq on loopback: INVALID measurement: drifted 22 %" in notes
     assert any(
-        n.startswith("pruned-fp32 on loopback: gate FAIL") and "measured 0.5 [0.485, 0.515]" in n for n in notes
+        n.startswith("pruned-fp32 on loopback: gate FAIL") and "measured 0.5 [0.485, 0.515]" in n
+        for n in notes
     )
     assert not any("pruned-int8-qat" in note for note in notes)
 

@@ -58,9 +58,7 @@ def add_checkpoint(store: Store, content: bytes) -> Checkpoint:
 
 def add_output(store: Store, content: bytes = b"weights") -> StageOutput:
     handle = add_checkpoint(store, content)
-    return StageOutput(
-        handle=handle, files={"notes.json": store.add_json({"a": 1})}, metrics={"macs": 12.0}
-    )
+    return StageOutput(handle=handle, files={"notes.json": store.add_json({"a": 1})}, metrics={"macs": 12.0})
 
 
 def test_tracker_records_a_parent_and_children_with_the_same_metric_names(tracker: Tracker) -> None:
@@ -231,7 +229,9 @@ def test_describe_environment_is_json_with_versions() -> None:
 
 
 def test_flat_params_names_every_field_by_its_section() -> None:
-    params = flat_params(QatConfig.model_validate({"distillation": {"weight": 0.25}, "keep_float": ["a", "b"]}))
+    params = flat_params(
+        QatConfig.model_validate({"distillation": {"weight": 0.25}, "keep_float": ["a", "b"]})
+    )
     assert params["distillation.weight"] == 0.25
     assert params["keep_float"] == "a, b"
     assert params["epochs"] == 3
