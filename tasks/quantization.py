@@ -16,7 +16,7 @@ import difflib
 import importlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -203,15 +203,30 @@ def _collect(
 ) -> None:
     """Runs the float network over the inputs while the input quantizers watch."""
     weights = [q for name, q in _quantizers(network) if name.endswith("weight_quantizer") and q.is_enabled]
-    for quantizer in (*quantizers.values(), *weights):
+    watching = [*quantizers.values(), *weights]
+    hooks = [q.register_forward_pre_hook(_finite_input_of(layer)) for layer, q in quantizers.items()]
+    for quantizer in watching:
         quantizer.disable_quant()
         quantizer.enable_calib()
     with torch.no_grad():
         for batch in inputs:
             call_network(network, batch, workload.output_names)
-    for quantizer in (*quantizers.values(), *weights):
+    for quantizer in watching:
         quantizer.disable_calib()
         quantizer.enable_quant()
+    for hook in hooks:
+        hook.remove()
+
+
+def _finite_input_of(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def check(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if not bool(torch.isfinite(arguments[0]).all()):
+            raise QuantizationError(
+                f"The input of {layer!r} is not finite on the calibration data. Look for NaN or infinity in "
+                "calibration_data(), then at the layers before it."
+            )
+
+    return check
 
 
 def _set_ranges(network: nn.Module, layers: list[str], section: CalibrationSection) -> None:
@@ -242,11 +257,6 @@ def _range_of(quantizer: Any, layer: str, section: CalibrationSection) -> Tensor
         raise QuantizationError(
             f"{section.calibration} calibration of {layer!r} failed: {exc}. Set qat.calibration: max."
         ) from exc
-    if amax is not None and not bool(torch.isfinite(amax).all()):
-        raise QuantizationError(
-            f"The input of {layer!r} is not finite on the calibration data. Look for NaN or infinity in "
-            f"calibration_data(), or add {layer!r} to qat.keep_float."
-        )
     return amax
 
 

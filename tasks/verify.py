@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, NotImplemented
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -145,7 +144,7 @@ def _session(path: Path, model: OnnxModel, precision: Precision, threads: int) -
     options.log_severity_level = 4
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except (Fail, InvalidArgument, InvalidGraph, NotImplemented) as exc:
+    except Exception as exc:  # ONNX Runtime's exceptions have no base class of their own
         raise ExportError(
             f"ONNX Runtime {onnxruntime.__version__} refuses the exported model: {exc}. Try another "
             "export.opset, or write the operator that it names with other ones."

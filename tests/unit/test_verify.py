@@ -1,0 +1,193 @@
+"""Parity of ONNX and PyTorch: what passes, what is refused, and what the refusal says."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from jetway.configs.schema import EngineName, ExportConfig, Precision, QatConfig, VerifyConfig
+from jetway.tasks.artifacts import OnnxModel
+from jetway.tasks.checkpoint import save_checkpoint
+from jetway.tasks.errors import ExportError, ParityError, QuantizationError
+from jetway.tasks.export import export_onnx
+from jetway.tasks.lower import calibration_feeds, lower_onnx
+from jetway.tasks.qat import quantize_ptq
+from jetway.tasks.stage import StageContext
+from jetway.tasks.store import Store
+from jetway.tasks.verify import Limits, argmax_agreement, compare_outputs, verify_onnx
+from jetway.tasks.workloads.digits import DigitsClassifier
+
+WORKLOAD = DigitsClassifier(size=16, widths=(32, 64, 64), blocks=1)
+CONFIG = VerifyConfig(samples=24)
+INT8 = Precision.INT8_PTQ
+
+
+@pytest.fixture(scope="module")
+def ctx(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("verify")
+    return StageContext(WORKLOAD, Store(folder / "store"), threads=1, work_dir=folder / "work")
+
+
+@pytest.fixture(scope="module")
+def floating(ctx):
+    """Not trained, but with BatchNorm statistics of real images and outputs that differ from each other."""
+    torch.manual_seed(0)
+    network = WORKLOAD.network().train()
+    nn.init.normal_(network.classifier.weight)
+    images = WORKLOAD.calibration_data().images[:32]
+    with torch.no_grad():
+        for _ in range(30):
+            network(images)
+    return save_checkpoint(ctx.store, network.eval(), structure=None)
+
+
+@pytest.fixture(scope="module")
+def quantized(ctx, floating):
+    return quantize_ptq(ctx, floating, QatConfig(calibration_samples=32)).handle
+
+
+@pytest.fixture(scope="module")
+def float_model(ctx, floating):
+    return export_onnx(ctx, floating, ExportConfig(), Precision.FP32).handle
+
+
+@pytest.fixture(scope="module")
+def int8_model(ctx, quantized):
+    return export_onnx(ctx, quantized, ExportConfig(), INT8).handle
+
+
+@pytest.fixture(scope="module")
+def lowered_model(ctx, int8_model):
+    return lower_onnx(ctx, int8_model, EngineName.ONNXRUNTIME, QatConfig(calibration_samples=32)).handle
+
+
+def altered(ctx, handle):
+    """The same ONNX file with the rows of its classifier's weight in reverse order."""
+    model = onnx.load(ctx.store.open(handle))
+    tensor = [t for t in model.graph.initializer if list(t.dims) == [10, 64]][-1]
+    reverse = numpy_helper.to_array(tensor)[::-1].copy()
+    tensor.CopyFrom(numpy_helper.from_array(reverse, tensor.name))
+    with ctx.store.scratch() as folder:
+        onnx.save(model, folder / "altered.onnx")
+        return ctx.store.add(OnnxModel, folder / "altered.onnx", metadata=handle.metadata)
+
+
+def test_verify_accepts_a_float_export(ctx, floating, float_model):
+    output = verify_onnx(ctx, floating, float_model, CONFIG, Precision.FP32)
+    report = ctx.store.load_json(output.handle)
+    assert output.metrics["argmax_agreement"] == 1.0
+    assert output.metrics["parity_excess"] < 0.1
+    assert [entry["output"] for entry in report["outputs"]] == ["logits"]
+    assert report["outputs"][0]["max_abs_error"] < 1e-4 * report["outputs"][0]["largest_magnitude"]
+
+
+def test_verify_accepts_qdq_and_what_the_target_gets(ctx, quantized, int8_model, lowered_model):
+    for model in (int8_model, lowered_model):
+        output = verify_onnx(ctx, quantized, model, CONFIG, INT8)
+        assert output.metrics["parity_excess"] < 1
+    assert ctx.store.load_json(output.handle)["lowered_for"] == "onnxruntime"
+    assert lowered_model.metadata["integer_macs_ratio"] > 0.5
+
+
+def test_verify_tries_an_open_batch_with_another_size(ctx, floating):
+    model = export_onnx(ctx, floating, ExportConfig(dynamic_batch=True), Precision.FP32).handle
+    assert verify_onnx(ctx, floating, model, CONFIG, Precision.FP32).metrics["argmax_agreement"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["float", "int8", "lowered"])
+def test_verify_names_the_output_that_disagrees(ctx, floating, quantized, kind, request):
+    fixture = {"float": "float_model", "int8": "int8_model", "lowered": "lowered_model"}[kind]
+    model = altered(ctx, request.getfixturevalue(fixture))
+    checkpoint, precision = (floating, Precision.FP32) if kind == "float" else (quantized, INT8)
+    with pytest.raises(ParityError, match=r"output 'logits': at \[\d+, \d+\]") as caught:
+        verify_onnx(ctx, checkpoint, model, CONFIG, precision)
+    assert caught.value.output == "logits"
+    assert caught.value.max_abs_error > 0
+    assert ("verify.atol" if kind == "float" else "qat.keep_float") in str(caught.value)
+    assert ("lowered for onnxruntime" in str(caught.value)) is (kind == "lowered")
+
+
+def test_verify_refuses_classes_that_differ(ctx, floating, float_model):
+    model = altered(ctx, float_model)
+    config = CONFIG.model_copy(update={"atol": 1e6, "argmax_agreement": 0.98})
+    with pytest.raises(ParityError, match=r"same class.*98\.00%"):
+        verify_onnx(ctx, floating, model, config, Precision.FP32)
+
+
+def test_verify_says_that_onnxruntime_refuses_a_model(ctx, floating, float_model):
+    with ctx.store.scratch() as folder:
+        (folder / "broken.onnx").write_bytes(b"not a model")
+        broken = ctx.store.add(OnnxModel, folder / "broken.onnx", metadata=float_model.metadata)
+    with pytest.raises(ExportError, match="refuses the exported model"):
+        verify_onnx(ctx, floating, broken, CONFIG, Precision.FP32)
+
+
+def compare(expected, actual, atol=0.1, rtol=0.0):
+    limits = Limits(atol, rtol, None)
+    return compare_outputs("y", np.array(expected), np.array(actual), limits, with_argmax=True)
+
+
+def test_compare_outputs_takes_atol_as_a_fraction_of_the_largest_magnitude():
+    assert compare([[100.0, 1.0]], [[100.0, 10.9]]).excess == pytest.approx(0.99)
+    worst = compare([[100.0, 1.0]], [[100.0, 12.0]])
+    assert worst.excess == pytest.approx(1.1)
+    assert (worst.worst_index, worst.expected, worst.actual) == ((0, 1), 1.0, 12.0)
+
+
+def test_compare_outputs_takes_rtol_as_a_fraction_of_each_value():
+    assert compare([[100.0, 1.0]], [[101.0, 1.0]], atol=0.0, rtol=0.01).excess == pytest.approx(1.0)
+    assert compare([[100.0, 1.0]], [[100.0, 1.1]], atol=0.0, rtol=0.01).excess == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_compare_outputs_minds_values_that_are_not_finite(value):
+    assert compare([[1.0, value]], [[1.0, value]]).excess == 0
+    assert compare([[1.0, value]], [[1.0, 0.0]]).excess > 1
+    assert compare([[1.0, 0.0]], [[1.0, value]]).excess > 1
+
+
+def test_compare_outputs_accepts_no_error_where_none_is_allowed():
+    assert compare([[0.0, 0.0]], [[0.0, 0.0]]).excess == 0
+    assert compare([[0.0, 0.0]], [[0.0, 1e-9]]).excess > 1
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((8, 5), -1), ((2, 6, 5), -1), ((2, 5, 3, 3), 1)])
+def test_argmax_agreement_looks_along_the_classes(shape, axis):
+    expected = np.random.default_rng(0).standard_normal(shape)
+    assert argmax_agreement(expected, expected + 1) == 1.0
+    assert argmax_agreement(expected, np.roll(expected, 1, axis)) == 0.0
+
+
+@pytest.mark.parametrize("engine", [EngineName.TENSORRT, EngineName.ONNXRUNTIME])
+def test_lower_onnx_passes_what_the_engine_takes_as_it_is(ctx, float_model, int8_model, engine):
+    assert lower_onnx(ctx, float_model, engine, QatConfig()).handle == float_model
+    lowered = lower_onnx(ctx, int8_model, engine, QatConfig(calibration_samples=8)).handle
+    assert (lowered == int8_model) is (engine is EngineName.TENSORRT)
+
+
+def test_lower_onnx_lists_its_float_islands(lowered_model):
+    islands = lowered_model.metadata["float_islands"]
+    assert islands[0]["name"].endswith("stem.0/Conv")
+    assert all(island["reason"] for island in islands)
+    assert lowered_model.metadata["precision"] == INT8
+
+
+def test_calibration_feeds_fill_the_last_batch():
+    class Batched(DigitsClassifier):
+        def example_inputs(self):
+            return {"image": torch.zeros(4, 1, 16, 16)}
+
+    sizes = [len(feed["image"]) for feed in calibration_feeds(Batched(size=16), 10)]
+    assert sizes == [4, 4, 4]
+
+
+def test_calibration_feeds_need_data():
+    class Empty(DigitsClassifier):
+        def calibration_data(self):
+            return []
+
+    with pytest.raises(QuantizationError, match="calibration_data"):
+        next(calibration_feeds(Empty(size=16), 10))
