@@ -83,7 +83,7 @@ def trust(options: argparse.Namespace) -> int:
 
 
 def ui(options: argparse.Namespace) -> int:
-    from jetway.flows.server import start_ui
+    from jetway.flows.ui import start_ui
 
     start_ui()
     return 0
