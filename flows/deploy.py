@@ -128,9 +128,11 @@ def submit_session(run: Pipeline, target: Target, models: dict[str, OnnxModel]) 
         variant: build.submit(context, target, model, recipe.build, variant=variant)
         for variant, model in models.items()
     }
-    timed = benchmark.submit(context, target, engines, recipe.benchmark)
+    timed = benchmark.submit(context, target, engines, recipe.benchmark, return_state=False)
     evaluations = {
-        variant: evaluate.submit(context, target, engine, recipe.evaluate, variant=variant, wait_for=[timed])
+        variant: evaluate.submit(
+            context, target, engine, recipe.evaluate, variant=variant, return_state=False, wait_for=[timed]
+        )
         for variant, engine in engines.items()
     }
     return Session(target, models, engines, timed, evaluations)

@@ -87,9 +87,10 @@ class Pipeline:
         """Logs a stage's files and figures to the run, and returns its handle for the next stage."""
         assert isinstance(output.handle, kind)
         folder, _, name = stage.rpartition("/")
-        main = {f"{folder or name}/{name}{output.handle.suffix}": output.handle}
-        files = {f"{folder or name}/{file}": handle for file, handle in output.files.items()}
-        self.log_files(self.run_id, (main if output.handle not in files.values() else {}) | files)
+        files: dict[str, Handle] = {f"{folder or name}/{f}": handle for f, handle in output.files.items()}
+        if output.handle not in files.values():
+            files[f"{folder or name}/{name}{output.handle.suffix}"] = output.handle
+        self.log_files(self.run_id, files)
         figures = {f"{stage.replace('/', '.')}.{metric}": value for metric, value in output.metrics.items()}
         self.tracker.log_metrics(self.run_id, figures)
         return output.handle

@@ -142,7 +142,7 @@ def run_stage(
     """Returns the recorded result of the same stage on the same content, or runs it and records it."""
     key = stage_key(context, stage, inputs, section)
     started = time.monotonic()
-    found = context.index.find(key) if context.index else None
+    found = context.index.find(key) if context.index is not None else None
     if found is not None:
         logger.info("%s: unchanged, result %s reused", stage, found.handle.sha256[:12])
         context.finish(stage, started, cached=True)
@@ -152,7 +152,7 @@ def run_stage(
     torch.set_num_threads(context.threads)
     output = produce(own)
     seconds = time.monotonic() - started
-    if context.index:
+    if context.index is not None:
         context.index.record(key, stage, output, seconds)
     shutil.rmtree(own.work_dir, ignore_errors=True)
     context.finish(stage, started, cached=False)

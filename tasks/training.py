@@ -300,15 +300,16 @@ class _Trainer:
 
     def _finish_epoch(self, epoch: Epoch) -> None:
         self.history.append(epoch)
-        if epoch.epoch == 0 or self._improves(epoch):
+        if epoch.epoch == 0 or self._is_as_good(epoch):
             self.best_epoch = epoch.epoch
             self.best_weights = {name: t.detach().clone() for name, t in self.network.state_dict().items()}
         _write_state(self.state_path, self._state())
 
-    def _improves(self, epoch: Epoch) -> bool:
+    def _is_as_good(self, epoch: Epoch) -> bool:
+        """Of equal epochs the later one counts: its loss is lower, and what was trained shows."""
         metric = self.workload.primary_metric
         best = self.history[self.best_epoch].metrics[metric.name]
-        return is_better(metric, epoch.metrics[metric.name], best)
+        return not is_better(metric, best, epoch.metrics[metric.name])
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -321,7 +322,13 @@ class _Trainer:
 
     def _out_of_patience(self) -> bool:
         patience = self.section.patience
-        return patience is not None and self.epoch - self.best_epoch >= patience
+        return patience is not None and self.epoch - self._last_gain() >= patience
+
+    def _last_gain(self) -> int:
+        """The first epoch that was as good as the best one."""
+        name = self.workload.primary_metric.name
+        best = self.history[self.best_epoch].metrics[name]
+        return next(epoch.epoch for epoch in self.history if epoch.metrics[name] == best)
 
     def _show(self, epoch: int, step: int, text: str) -> None:
         done, total = (epoch - 1) * self.steps + step, self.section.epochs * self.steps

@@ -103,6 +103,7 @@ class Workload(ABC):
 def call_network(network: nn.Module, inputs: Inputs, output_names: Sequence[str]) -> Outputs:
     """Calls the network with named inputs and names what it returns. Raises WorkloadError on a mismatch."""
     returned = network(*inputs.values())
+    values: list[Any]
     if isinstance(returned, dict):
         values = [returned.get(name) for name in output_names]
     else:

@@ -22,8 +22,9 @@ CANARY = "canary"
 MIN_ROUNDS = 12
 # Share of a slice's length that is spent untimed after each switch.
 REWARM_RATIO = 0.1
-# Going on adds a third of the planned rounds: a disturbance loses its weight, and a step in the second half
-# of the planned session still lies behind the first third after three extensions.
+# Going on after a drift adds a third of the planned rounds: a passing one loses its weight, and a step in the
+# second half of the planned session still lies behind the first third after three extensions. Going on among
+# other processes adds as many rounds as were planned, or fewer when the calm ones suffice.
 EXTENSION_RATIO = 1.0 / 3.0
 # The canary alone may move this many times further than a variant may move against it: a neighbour on the
 # other hyperthread of a core slows everything alike, by half and more, and leaves the ratios as they are.
@@ -111,11 +112,19 @@ class Session:
             entrant.warm_up(self.request["warmup_runs"])
         while self.evidence(self.all_rounds()) < 1.0 and not self.timed_out():
             self._run_round()
-        extension = max(1, int(self.rounds * EXTENSION_RATIO))
+        planned = self.rounds
         while self.doubts() and self.extensions < self.request["max_extensions"] and not self.timed_out():
             self.extensions += 1
-            for _ in range(extension):
-                self._run_round()
+            if self._disturbances():
+                self._extend(planned, until_calm=True)
+            else:
+                self._extend(max(1, int(planned * EXTENSION_RATIO)))
+
+    def _extend(self, rounds: int, until_calm: bool = False) -> None:
+        for _ in range(rounds):
+            self._run_round()
+            if self.timed_out() or (until_calm and not self._disturbances()):
+                return
 
     def _run_round(self) -> None:
         text = "round {}".format(self.rounds + 1)

@@ -17,7 +17,12 @@ from jetway.tasks.on_device.errors import DeviceError
 
 PROVIDERS = ["CPUExecutionProvider"]
 # Idle sessions that spin for work take the cores from the one that is timed.
-CONFIG_ENTRIES = {"session.intra_op.allow_spinning": "0", "session.inter_op.allow_spinning": "0"}
+CONFIG_ENTRIES = {
+    "session.intra_op.allow_spinning": "0",
+    "session.inter_op.allow_spinning": "0",
+    # Without VNNI, uint8 times int8 saturates in 16 bits; this takes the exact, slower kernels there.
+    "session.x64quantprecision": "1",
+}
 LOWEST_OPSET = 7
 HIGHEST_OPSET = 127  # of a hand-written file; ALLOW_RELEASED_ONNX_OPSET_ONLY=0 accepts any
 LOG_FATAL_ONLY = 4
