@@ -40,7 +40,7 @@ START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 10.0
 POLL_S = 0.1
 DRAIN_TIMEOUT_S = 10.0
-QUEUE_TIMEOUT_S = 15.0
+QUEUE_TIMEOUT_S = 10.0
 # The shortest lease that Prefect grants.
 LEASE_S = 60.0
 
@@ -203,17 +203,19 @@ def queue_for(target: str, *, timeout_s: float = QUEUE_TIMEOUT_S) -> Iterator[No
 
 @contextmanager
 def _quiet_console() -> Iterator[None]:
-    from prefect.logging.handlers import PrefectConsoleHandler
-
-    consoles = [h for h in logging.getLogger().handlers if isinstance(h, PrefectConsoleHandler)]
-    levels = [console.level for console in consoles]
-    for console in consoles:
-        console.setLevel(logging.WARNING)
+    """What Prefect would print is in its run; errors reach the caller, who prints them once."""
+    names = ("", "prefect._internal")
+    handlers = [
+        h for n in names for h in logging.getLogger(n).handlers if type(h).__module__.startswith("prefect.")
+    ]
+    levels = [handler.level for handler in handlers]
+    for handler in handlers:
+        handler.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        for console, level in zip(consoles, levels, strict=True):
-            console.setLevel(level)
+        for handler, level in zip(handlers, levels, strict=True):
+            handler.setLevel(level)
 
 
 def _send_the_rest() -> None:
