@@ -136,7 +136,9 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     if error["type"] == "missing":
         return f"{key}: missing. Add it: {_description_at(model, loc)}"
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{key}: {_short(error['input'])} is not allowed: {message}. {_description_at(model, loc)}".rstrip()
+    return (
+        f"{key}: {_short(error['input'])} is not allowed: {message}. {_description_at(model, loc)}".rstrip()
+    )
 
 
 def _is_union_tag(part: Any) -> bool:

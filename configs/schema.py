@@ -111,7 +111,8 @@ class PruneConfig(StageSection):
         description="Prune until MACs are at most this share of the baseline's; pruning_ratio is then found.",
     )
     ignored_layers: tuple[str, ...] = Field(
-        default=(), description="Modules left alone, by name or glob. A pattern that matches none is an error."
+        default=(),
+        description="Modules left alone, by name or glob. A pattern that matches none is an error.",
     )
     round_to: int = Field(default=8, ge=1, description="Channel counts stay multiples of this.")
     max_pruning_ratio: Ratio = Field(default=0.9, description="Most that any one layer may lose.")
@@ -151,14 +152,13 @@ class QatConfig(TrainingSection):
     calibration: CalibrationMethod = Field(
         default=CalibrationMethod.MAX, description="How activation ranges are chosen."
     )
-    percentile: float = Field(
-        default=99.9, gt=50, le=100, description="For calibration: percentile."
-    )
+    percentile: float = Field(default=99.9, gt=50, le=100, description="For calibration: percentile.")
     calibration_samples: int = Field(
         default=128, ge=1, description="Samples of the calibration data that set the ranges, at most."
     )
     keep_float: tuple[str, ...] = Field(
-        default=(), description="Modules kept in float, by name or glob. A pattern that matches none is an error."
+        default=(),
+        description="Modules kept in float, by name or glob. A pattern that matches none is an error.",
     )
     distillation: DistillationConfig | None = Field(
         default=None, description="Learn from the baseline's outputs too."
@@ -177,7 +177,8 @@ class VerifyConfig(StageSection):
     rtol: float = Field(default=1e-3, ge=0, description="Allowed error as a fraction of each value.")
     int8_atol: float = Field(default=0.10, ge=0, description="atol for int8 variants.")
     argmax_agreement: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        default=None, description="Least share of samples whose argmax agrees; leave out where argmax means nothing."
+        default=None,
+        description="Least share of samples whose argmax agrees; leave out where argmax means nothing.",
     )
     samples: int = Field(default=64, ge=1, description="Evaluation samples that are compared.")
 
@@ -197,7 +198,8 @@ class BenchmarkConfig(StageSection):
         default=0.1, gt=0, description="Seconds that one variant runs before the next has its turn."
     )
     max_drift_ratio: float = Field(
-        default=0.15, gt=0,
+        default=0.15,
+        gt=0,
         description="Largest change of a variant's median against the canary's, first third to last.",
     )
     max_extensions: int = Field(
@@ -272,7 +274,9 @@ class Gate(Section):
             return value
         match = _GATE.match(value)
         if match is None:
-            raise ValueError(f"cannot read the gate {value!r}; write it like 'pruned-int8-qat: top1_drop <= 0.01'")
+            raise ValueError(
+                f"cannot read the gate {value!r}; write it like 'pruned-int8-qat: top1_drop <= 0.01'"
+            )
         return {key: text for key, text in match.groupdict().items() if text is not None}
 
 
@@ -297,7 +301,9 @@ class Recipe(Section):
     build: BuildConfig = BuildConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    variants: tuple[Variant, ...] = Field(min_length=1, description="Rows of the stage table, baseline first.")
+    variants: tuple[Variant, ...] = Field(
+        min_length=1, description="Rows of the stage table, baseline first."
+    )
     gates: tuple[Gate, ...] = Field(default=(), description="Limits that decide the exit code.")
     targets: tuple[Name, ...] = Field(
         default=("loopback",), min_length=1, description="Target files to deploy to; --target overrides it."
@@ -339,28 +345,36 @@ class Target(Section):
     schema_version: Literal[1] = Field(default=1, description="Version of this file format.")
     name: Name = Field(description="Name of the target, as in --target.")
     kind: Literal["ssh", "loopback"] = Field(
-        default="ssh", description="ssh: a machine of yours. loopback: this machine, through a real SSH server."
+        default="ssh",
+        description="ssh: a machine of yours. loopback: this machine, through a real SSH server.",
     )
     host: str = Field(
         default="127.0.0.1", pattern=r"^[A-Za-z0-9][A-Za-z0-9.:_%-]*$", description="Host name or address."
     )
     port: int = Field(default=22, ge=1, le=65535, description="Port of its SSH server.")
     user: str | None = Field(
-        default=None, pattern=r"^[A-Za-z_][A-Za-z0-9._-]*$", description="User to log in as; yours by default."
+        default=None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9._-]*$",
+        description="User to log in as; yours by default.",
     )
     identity_file: str | None = Field(
         default=None, description="Private key; the agent's and the usual ones by default. Never a password."
     )
     known_hosts: str | None = Field(
-        default=None, description="Host keys to trust besides ~/.ssh/known_hosts and what `jetway trust` recorded."
+        default=None,
+        description="Host keys to trust besides ~/.ssh/known_hosts and what `jetway trust` recorded.",
     )
     python: str = Field(
-        default="python3", min_length=1, description="Python 3.6 or newer on the target, with the engine importable."
+        default="python3",
+        min_length=1,
+        description="Python 3.6 or newer on the target, with the engine importable.",
     )
     work_dir: str = Field(
         default="jetway", min_length=1, description="Folder on the target, absolute or in the user's home."
     )
-    engine: EngineName = Field(default=EngineName.ONNXRUNTIME, description="What builds and runs the engines.")
+    engine: EngineName = Field(
+        default=EngineName.ONNXRUNTIME, description="What builds and runs the engines."
+    )
     orphan_grace_s: float = Field(
         default=30, ge=5, le=3600, description="A job whose host stays silent this long ends itself."
     )

@@ -126,7 +126,9 @@ def parser() -> argparse.ArgumentParser:
     _json_argument(sub)
     sub = command("trust", trust, "show a target's host key and record it")
     sub.add_argument("target", help="name of a target, or its YAML file")
-    sub.add_argument("--yes", action="store_true", help="record without asking; compare the fingerprint elsewhere")
+    sub.add_argument(
+        "--yes", action="store_true", help="record without asking; compare the fingerprint elsewhere"
+    )
     command("ui", ui, "open the MLflow and Prefect pages of this machine, until Ctrl-C")
     command("stop", stop, "stop the local Prefect server")
     sub = command("clean", clean, "free the store, keeping what the newest runs need")
@@ -136,7 +138,9 @@ def parser() -> argparse.ArgumentParser:
 
 def _adder(commands: Any) -> Any:
     def add(name: str, function: Any, text: str) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        sub: argparse.ArgumentParser = commands.add_parser(
+            name, help=text, description=text.capitalize() + "."
+        )
         sub.set_defaults(command=function)
         return sub
 
@@ -145,7 +149,9 @@ def _adder(commands: Any) -> Any:
 
 def _recipe_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("recipe", help="name of a recipe, or its YAML file")
-    sub.add_argument("--target", action="append", metavar="NAME", help="instead of the recipe's; may be repeated")
+    sub.add_argument(
+        "--target", action="append", metavar="NAME", help="instead of the recipe's; may be repeated"
+    )
     sub.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: --set qat.epochs=3"
     )

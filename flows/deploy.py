@@ -1,10 +1,10 @@
 """The deploy flow: from a trained network to engines measured on every target.
 
-    load ─┬─ analyze
-          └─ prune ── finetune ── ptq ── qat                    on the host, reused by content
-                          └────────┴──────┴─ export ── verify      for each variant
-                                               └─ build ── benchmark ── evaluate    on each target
-                                                                └─ compare ── gate
+load ─┬─ analyze
+      └─ prune ── finetune ── ptq ── qat                    on the host, reused by content
+                      └────────┴──────┴─ export ── verify      for each variant
+                                           └─ build ── benchmark ── evaluate    on each target
+                                                            └─ compare ── gate
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def deploy(
         infos = {target.name: preflight(run.context, target, run.recipe) for target in run.targets}
         networks = make_networks(run)
         models = {
-            engine: {variant: make_model(run, variant, network, engine) for variant, network in networks.items()}
+            engine: {
+                variant: make_model(run, variant, network, engine) for variant, network in networks.items()
+            }
             for engine in {target.engine for target in run.targets}
         }
         with queue(run.targets):
@@ -81,7 +83,9 @@ def quantize(run: Pipeline, stage: Stage, network: Network, teacher: Checkpoint)
     wanted = {variant.precision for variant in run.variants(stage)}
     networks = {f"{stage}-{Precision.FP32}": network}
     if wanted - {Precision.FP32}:
-        calibrated = run.keep(f"{stage}/ptq", ptq(run.context, network.checkpoint, run.recipe.qat), Checkpoint)
+        calibrated = run.keep(
+            f"{stage}/ptq", ptq(run.context, network.checkpoint, run.recipe.qat), Checkpoint
+        )
         networks[f"{stage}-{Precision.INT8_PTQ}"] = network.quantized(calibrated)
     if Precision.INT8_QAT in wanted:
         trained = run.keep(f"{stage}/qat", qat(run.context, calibrated, run.recipe.qat, teacher), Checkpoint)

@@ -21,7 +21,6 @@ from jetway.tasks.statistics import paired_drop
 from jetway.tasks.table import stage_table_markdown
 from jetway.tasks.tracking.values import flat_params
 
-
 #: The run's result as JSON, among its artifacts.
 RESULT_PATH = "result.json"
 
@@ -163,7 +162,9 @@ def log_row(run: Pipeline, measured: Measured, row: VariantResult, network: Netw
         "validity": validity_of([row]),
         "gate": worst_gate([row]),
     }
-    child = run.tracker.start_child(run.run_id, f"{row.variant} on {row.target}", flat_params(run.recipe), tags)
+    child = run.tracker.start_child(
+        run.run_id, f"{row.variant} on {row.target}", flat_params(run.recipe), tags
+    )
     run.tracker.log_metrics(child, row.metrics)
     run.tracker.log_json(child, "passport.json", engine.metadata)
     run.tracker.log_json(child, "row.json", row.model_dump(mode="json"))

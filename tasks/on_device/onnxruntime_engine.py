@@ -12,17 +12,15 @@ import re
 import tempfile
 from typing import Any, Dict, List, Optional
 
-from jetway.tasks.on_device import errors
+from jetway.tasks.on_device import errors, machine
 from jetway.tasks.on_device.errors import DeviceError
 
 PROVIDERS = ["CPUExecutionProvider"]
 # Idle sessions that spin for work take the cores from the one that is timed.
-CONFIG_ENTRIES = {
-    "session.intra_op.allow_spinning": "0",
-    "session.inter_op.allow_spinning": "0",
-    # Without VNNI, uint8 times int8 saturates in 16 bits; this takes the exact, slower kernels there.
-    "session.x64quantprecision": "1",
-}
+NO_SPINNING = {"session.intra_op.allow_spinning": "0", "session.inter_op.allow_spinning": "0"}
+# On x86 without VNNI, uint8 times int8 saturates in 16 bits. This takes exact kernels, which are slower (2.9
+# times where VNNI is there, measured), so it is set where it is needed.
+EXACT_INT8 = {"session.x64quantprecision": "1"}
 LOWEST_OPSET = 7
 HIGHEST_OPSET = 127  # of a hand-written file; ALLOW_RELEASED_ONNX_OPSET_ONLY=0 accepts any
 LOG_FATAL_ONLY = 4
@@ -54,8 +52,14 @@ def session_options(threads: int) -> Dict[str, Any]:
         "intra_op_num_threads": threads,
         "inter_op_num_threads": 1,
         "providers": PROVIDERS,
-        "config_entries": CONFIG_ENTRIES,
+        "config_entries": config_entries(machine.cpu()),
     }
+
+
+def config_entries(cpu: Dict[str, Any]) -> Dict[str, str]:
+    """Session configuration for a CPU, as ``machine.cpu`` describes it."""
+    saturates = cpu["architecture"] in ("x86_64", "AMD64") and not cpu["int8_instruction_sets"]
+    return dict(NO_SPINNING, **(EXACT_INT8 if saturates else {}))
 
 
 def load_options(threads: int) -> Dict[str, Any]:
@@ -207,7 +211,7 @@ def operator_costs(engine_path: str, threads: int, inputs: Dict[str, Any]) -> Li
     Prepacking is off in this session, because packed weights lose their shape.
     """
     options = load_options(threads)
-    options["config_entries"] = dict(CONFIG_ENTRIES, **{"session.disable_prepacking": "1"})
+    options["config_entries"] = dict(options["config_entries"], **{"session.disable_prepacking": "1"})
     native = _native_options(options)
     native.enable_profiling = True
     with tempfile.TemporaryDirectory(dir=os.curdir) as folder:

@@ -21,7 +21,9 @@ class DigitsClassifier(Workload):
     """Classifies digits of ``size``×``size`` pixels; ``widths`` are the channels of stem, middle and deep stage."""
 
     output_names = ("logits",)
-    metrics = (Metric(name="top1", description="share of the evaluation images whose largest logit is right"),)
+    metrics = (
+        Metric(name="top1", description="share of the evaluation images whose largest logit is right"),
+    )
 
     def __init__(self, size: int = 32, widths: tuple[int, int, int] = (48, 96, 192), blocks: int = 2) -> None:
         self.size = size
@@ -66,7 +68,14 @@ class ConvBlock(nn.Sequential):
     """Convolution and BatchNorm, and a ReLU unless an addition follows."""
 
     def __init__(
-        self, inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1, groups: int = 1, relu: bool = True
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        kernel: int = 3,
+        stride: int = 1,
+        groups: int = 1,
+        relu: bool = True,
     ) -> None:
         conv = nn.Conv2d(
             inputs, outputs, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False

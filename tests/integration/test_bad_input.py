@@ -3,6 +3,7 @@
 import pytest
 import torch
 import yaml
+
 from jetway.tasks.tracking.tracker import Tracker
 
 # What libraries warn of is no concern of the user who mistyped a key.
@@ -39,7 +40,6 @@ def target_file(project, **keys):
     (project / "targets").mkdir()
     (project / "targets/board.yaml").write_text(yaml.safe_dump({"name": "board", **keys}))
     edit(project, targets=["board"])
-
 
 
 # case: (what is done to a good project, exit code, what the message says)
@@ -98,7 +98,14 @@ def leftovers(home):
     return files + [run.run_id for run in tracker.pipeline_runs() if run.status == "RUNNING"]
 
 
-HOSTILE = ["; touch pwned", "$(touch pwned)", "`touch pwned`", "' touch pwned '", '" && touch pwned "', "a\ntouch pwned"]
+HOSTILE = [
+    "; touch pwned",
+    "$(touch pwned)",
+    "`touch pwned`",
+    "' touch pwned '",
+    "&& touch pwned",
+    "a\ntouch pwned",
+]
 
 
 @pytest.mark.parametrize("value", HOSTILE)

@@ -3,56 +3,75 @@
 import json
 
 import pytest
+import yaml
+
 from jetway.tasks.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.serial
 
 NOISE = ("Traceback", "Warning", "prefect -", "Error")
-
-
 HOST_STAGES = {"load", "analyze", "prune", "finetune", "ptq", "qat", "export", "lower", "verify"}
+VARIANTS = ["baseline-fp32", "pruned-fp32", "pruned-int8-qat"]
 
 
 def on_host(stages):
     return [stage for stage in stages if stage.split()[0] in HOST_STAGES]
 
 
-def variants(run):
-    return [row["variant"] for row in run.json["variants"]]
+def finished(run):
+    """It ran to its end. On a machine that others keep busy its measurement may be INVALID, and must say so."""
+    document = run.json
+    assert document["status"] == "FINISHED", run.stderr
+    disturbed = not all(row["validity"]["valid"] for row in document["variants"])
+    assert run.exit_code == (5 if disturbed else 0), run.stderr
+    return document
 
 
 def test_readme_example_deploys_and_then_is_reused(project, jetway, cli_home):
     first = jetway("run", "my_recipe.yaml", "--json", cwd=project)
-    assert first.exit_code == 0, first.stderr
-    assert variants(first) == ["baseline-fp32", "pruned-fp32", "pruned-int8-qat"]
+    document = finished(first)
+    assert [row["variant"] for row in document["variants"]] == VARIANTS
     assert all(noise not in first.stderr for noise in NOISE), first.stderr
     assert first.metrics("pruned-int8-qat")["size_ratio"] < 0.6
-    assert all(row["metrics"]["top1"] > 0.8 for row in first.json["variants"])
-    assert all(row["metrics"]["latency_ms_p50"] > 0 for row in first.json["variants"])
+    assert all(row["metrics"]["top1"] > 0.8 for row in document["variants"])
+    assert all(row["metrics"]["latency_ms_p50"] > 0 for row in document["variants"])
+    assert all(gate["passed"] for row in document["variants"] for gate in row["gates"])
 
     again = jetway("run", "my_recipe.yaml", "--json", cwd=project)
-    assert again.exit_code == 0, again.stderr
+    finished(again)
     assert on_host(again.stages(cached=False)) == []
     assert again.metrics("pruned-int8-qat")["top1"] == first.metrics("pruned-int8-qat")["top1"]
 
     changed = jetway("run", "my_recipe.yaml", "--json", "--set", "qat.epochs=2", cwd=project)
-    assert changed.exit_code == 0, changed.stderr
-    reran = [stage for stage in changed.stages(cached=False) if stage in host_stages]
-    assert reran == ["qat", "export", "lower", "verify"]
-    assert set(changed.stages(cached=True)) == {
-        "load",
-        "analyze",
-        "prune",
-        "finetune",
-        "ptq",
-        "export",
-        "verify",
-    }
+    finished(changed)
+    after_qat = {f"{stage} pruned-int8-qat" for stage in ("export", "lower", "verify")}
+    assert set(on_host(changed.stages(cached=False))) == {"qat", *after_qat}
+    before_qat = set(on_host(first.stages(cached=False))) - {"qat", *after_qat}
+    assert set(on_host(changed.stages(cached=True))) == before_qat
 
-    check_record(cli_home, first.json)
-    shown = jetway("show", first.json["run_id"][:12], cwd=project)
+    check_record(cli_home, document)
+    shown = jetway("show", document["run_id"][:12], cwd=project)
     assert shown.exit_code == 0
     assert "pruned-int8-qat" in shown.stdout
+
+
+def test_project_with_folders_of_our_names_deploys(project, jetway):
+    """A user's own data/, tasks/ and configs/, imported at the top of the workload and from within a method."""
+    for name, text in {"data": "FIRST = 300", "tasks": "LAST = 500", "configs": "WIDTH = 16"}.items():
+        (project / name).mkdir()
+        (project / name / "__init__.py").touch()
+        (project / name / "values.py").write_text(text + "\n")
+    module = project / "my_package/my_module.py"
+    text = module.read_text().replace("import torch\n", "import torch\nfrom data.values import FIRST\n", 1)
+    text = text.replace("Images(1300, 1797)", "Images(FIRST, self.last())")
+    text += "\n    def last(self):\n        from configs.values import WIDTH\n        from tasks.values import LAST\n"
+    module.write_text(text + "        assert WIDTH == 16\n        return LAST\n")
+    recipe = yaml.safe_load((project / "my_recipe.yaml").read_text())
+    recipe |= {"variants": ["baseline-fp32"], "gates": [], "train": {"epochs": 1}}
+    (project / "my_recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    run = jetway("run", "my_recipe.yaml", "--json", cwd=project)
+    assert [row["variant"] for row in finished(run)["variants"]] == ["baseline-fp32"]
 
 
 def check_record(home, document):
@@ -63,11 +82,7 @@ def check_record(home, document):
     assert "pruned-int8-qat" in run.tags["mlflow.note.content"]
     assert run.params["qat.epochs"] == "1"
     children = tracker.children(run.run_id)
-    assert [child.tags["variant"] for child in children] == [
-        "baseline-fp32",
-        "pruned-fp32",
-        "pruned-int8-qat",
-    ]
+    assert [child.tags["variant"] for child in children] == VARIANTS
     assert len({frozenset(child.metrics) for child in children}) == 1
     assert {child.tags["validity"] for child in children} <= {"VALID", "INVALID"}
     paths = set(tracker.files(run.run_id))

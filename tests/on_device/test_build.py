@@ -241,3 +241,12 @@ def test_old_engines_are_swept(workplace, networks):
         os.utime(path, (0, 0))
     workplace.build(workplace.one_node("Relu"), workplace.save("x", x=np.zeros(4, dtype=np.float32)))
     assert not Path(built["engine"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "int8", "exact"),
+    [("x86_64", [], True), ("x86_64", ["avx512_vnni"], False), ("aarch64", [], False)],
+)
+def test_exact_int8_kernels_only_where_the_others_saturate(architecture, int8, exact):
+    entries = onnxruntime_engine.config_entries({"architecture": architecture, "int8_instruction_sets": int8})
+    assert ("session.x64quantprecision" in entries) is exact

@@ -1,6 +1,7 @@
 import torch
-from jetway.data.digits import Augmentation, Digits, randomly_moved, split_indices
 from sklearn.datasets import load_digits
+
+from jetway.data.digits import Augmentation, Digits, randomly_moved, split_indices
 
 
 def test_splits_are_disjoint_and_whole():

@@ -65,7 +65,9 @@ def test_imports_point_one_way(path):
         if mine == 0:
             assert imported.startswith("jetway.tasks.on_device"), f"{path} imports {imported}"
         elif theirs == 0:
-            raise AssertionError(f"{path} imports {imported}: what runs on the target is reached over SSH only")
+            raise AssertionError(
+                f"{path} imports {imported}: what runs on the target is reached over SSH only"
+            )
         elif mine == 4 and theirs == 4:
             stage = imported.split(".")[2]
             assert stage == own.split(".")[2], f"{path} imports the stage {imported}"
@@ -78,7 +80,9 @@ def test_vendor_package_has_one_home(package, homes):
     for path in sources():
         if path.as_posix().startswith(homes):
             continue
-        assert package not in {name.split(".")[0] for name in imported_modules(path)}, f"{path} imports {package}"
+        assert package not in {name.split(".")[0] for name in imported_modules(path)}, (
+            f"{path} imports {package}"
+        )
 
 
 def test_every_package_is_installed():

@@ -2,6 +2,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from jetway.configs.load import apply_override, load_recipe, load_target, parse_yaml, validate
 from jetway.configs.schema import Recipe
 from jetway.tasks.errors import ConfigError
@@ -39,7 +40,11 @@ def test_override_reaches_a_nested_key(tmp_path):
         ({"qat": {"epochs": "many"}}, [], ["qat.epochs", "'many'", "QAT epochs"]),
         ({"prune": {"pruning_ratio": 1.0}}, [], ["prune.pruning_ratio", "1.0", "less than 1"]),
         ({"prune": {"importance": "l3"}}, [], ["prune.importance", "'l3'", "'l1'", "'taylor'"]),
-        ({"variants": ["baseline-fp32", "pruned-int4"]}, [], ["variants.1", "pruned-int4", "pruned-int8-qat"]),
+        (
+            {"variants": ["baseline-fp32", "pruned-int4"]},
+            [],
+            ["variants.1", "pruned-int4", "pruned-int8-qat"],
+        ),
         ({"variants": ["pruned-fp32"]}, [], ["variants", "baseline-fp32"]),
         ({"gates": ["top1 > 0.9"]}, [], ["gates.0", "top1 > 0.9", "<= 0.01"]),
         ({"workload": {}}, [], ["workload.class_path: missing", "my_package.my_module:MyWorkload"]),
@@ -87,7 +92,9 @@ def test_doubled_key_is_refused():
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3)
+    ),
     max_leaves=8,
 )
 KEYS = st.sampled_from([*Recipe.model_fields, "nonsense"])

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from jetway.configs.schema import FinetuneConfig, QatConfig
 from jetway.tasks.artifacts import Report, StageOutput
 from jetway.tasks.stage import StageContext, run_stage, stage_key

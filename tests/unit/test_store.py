@@ -1,4 +1,5 @@
 import pytest
+
 from jetway.tasks.artifacts import Checkpoint, OnnxModel, Report, StageOutput
 from jetway.tasks.errors import ArtifactError
 from jetway.tasks.store import Store
@@ -56,7 +57,9 @@ def test_handles_are_equal_by_content_not_by_place(store, tmp_path):
 
 
 def test_stage_output_keeps_the_types_of_its_handles(store, tmp_path):
-    output = StageOutput(handle=added(store, tmp_path), files={"t.json": store.add_json({})}, metrics={"top1": 0.5})
+    output = StageOutput(
+        handle=added(store, tmp_path), files={"t.json": store.add_json({})}, metrics={"top1": 0.5}
+    )
     again = StageOutput.model_validate_json(output.model_dump_json())
     assert isinstance(again.handle, Checkpoint)
     assert isinstance(again.files["t.json"], Report)

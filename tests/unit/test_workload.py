@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch import nn
+
 from jetway.configs.schema import WorkloadConfig
 from jetway.tasks.errors import ConfigError, WorkloadError
 from jetway.tasks.workload import (
@@ -10,7 +12,6 @@ from jetway.tasks.workload import (
     load_workload,
     workload_digest,
 )
-from torch import nn
 
 SOURCE = """
 from torch import nn, ones, zeros
