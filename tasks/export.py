@@ -128,11 +128,9 @@ def _write(network: nn.Module, workload: Workload, config: ExportConfig, path: P
 def _quiet_exporter() -> Iterator[None]:
     """Silences what the exporter says of itself, and what tracing says of ModelOpt's own code.
 
-    When it fails it prints the whole graph on stdout, whatever its verbosity. The fused transformer kernels
-    have no ONNX form, so they are off meanwhile.
+    When it fails it prints the whole graph on stdout, whatever its verbosity.
     """
-    fused, print_graph = torch.backends.mha.get_fastpath_enabled(), torch._C._jit_onnx_log
-    torch.backends.mha.set_fastpath_enabled(False)
+    print_graph = torch._C._jit_onnx_log
     torch._C._jit_onnx_log = lambda *_: None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You are using the legacy TorchScript", DeprecationWarning)
@@ -141,7 +139,6 @@ def _quiet_exporter() -> Iterator[None]:
         try:
             yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
             torch._C._jit_onnx_log = print_graph
 
 

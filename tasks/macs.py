@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from jetway.tasks.workload import Inputs
+from jetway.tasks.workload import Inputs, plain_kernels
 
 aten = torch.ops.aten
 
@@ -25,15 +25,9 @@ def count_macs(network: nn.Module, inputs: Inputs) -> dict[str, int]:
 
     The network's own name is ``""``. ``network`` must be in eval mode; ``inputs`` go in by position.
     """
-    # The fused transformer kernels hide the products inside them from the counter.
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     counter = FlopCounterMode(display=False, custom_mapping=_CPU_OPERATORS)
-    try:
-        with torch.no_grad(), counter:
-            network(*inputs.values())
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with torch.no_grad(), plain_kernels(), counter:
+        network(*inputs.values())
     return _less_children(_macs_by_name(network, counter))
 
 

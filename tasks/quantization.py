@@ -152,11 +152,7 @@ def _modelopt() -> Any:
 
 
 def _insert_quantizers(network: nn.Module) -> None:
-    """Gives every module that ModelOpt knows its quantizers, all of them off.
-
-    PyTorch's fused transformer kernels would go past the quantizers, so from here on they are off.
-    """
-    torch.backends.mha.set_fastpath_enabled(False)
+    """Gives every module that ModelOpt knows its quantizers, all of them off."""
     off = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": None}
     _modelopt().quantize(network, off)
 

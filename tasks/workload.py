@@ -13,6 +13,7 @@ import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ class Workload(ABC):
 
 def call_network(network: nn.Module, inputs: Inputs, output_names: Sequence[str]) -> Outputs:
     """Calls the network with named inputs and names what it returns. Raises WorkloadError on a mismatch."""
-    returned = network(*inputs.values())
+    with plain_kernels():
+        returned = network(*inputs.values())
     values: list[Any]
     if isinstance(returned, dict):
         values = [returned.get(name) for name in output_names]
@@ -114,6 +116,17 @@ def call_network(network: nn.Module, inputs: Inputs, output_names: Sequence[str]
             "Set output_names of the workload to one name a tensor that forward returns."
         )
     return dict(zip(output_names, values, strict=True))
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Without PyTorch's fused transformer kernels, which hide their layers from quantizers, counters and ONNX."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def check_workload(workload: Workload) -> None:
