@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -114,7 +114,8 @@ class RemoteProcess:
         self.close()
 
     def close(self) -> None:
-        self._channel.close()
+        with suppress(EOFError, OSError, paramiko.SSHException):  # of a link that is gone already
+            self._channel.close()
         self._drain.join(timeout=5)
 
     def write(self, data: bytes) -> None:
@@ -131,7 +132,13 @@ class RemoteProcess:
             data, self._buffer = bytes(self._buffer), bytearray()
             return data
         self._channel.settimeout(timeout_s)
-        return bytes(self._channel.recv(BLOCK_BYTES))
+        try:
+            return bytes(self._channel.recv(BLOCK_BYTES))
+        except TimeoutError:
+            raise
+        except (EOFError, OSError, paramiko.SSHException):  # receiving also tells the peer how much has come
+            with self._translated():
+                raise
 
     def read_record(self, timeout_s: float | None = None) -> dict[str, Any] | None:
         """The next of our JSON lines, skipping others; None at the end of stdout."""
@@ -214,5 +221,6 @@ class RemoteProcess:
             pass
 
     def _read_errors(self) -> None:
-        while data := self._channel.recv_stderr(BLOCK_BYTES):
-            self._errors.add(data)
+        with suppress(EOFError, OSError, paramiko.SSHException):  # read() tells of a lost link
+            while data := self._channel.recv_stderr(BLOCK_BYTES):
+                self._errors.add(data)

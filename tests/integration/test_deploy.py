@@ -11,6 +11,7 @@ pytestmark = pytest.mark.serial
 
 NOISE = ("Traceback", "Warning", "prefect -", "Error")
 HOST_STAGES = {"load", "analyze", "prune", "finetune", "ptq", "qat", "export", "lower", "verify"}
+QUICK_BENCHMARK = ("--set", "benchmark.min_duration_s=0.5", "--set", "benchmark.min_queries=100")
 VARIANTS = ["baseline-fp32", "pruned-fp32", "pruned-int8-qat"]
 
 
@@ -37,12 +38,12 @@ def test_readme_example_deploys_and_then_is_reused(project, jetway, cli_home):
     assert all(row["metrics"]["latency_ms_p50"] > 0 for row in document["variants"])
     assert all(gate["passed"] for row in document["variants"] for gate in row["gates"])
 
-    again = jetway("run", "my_recipe.yaml", "--json", cwd=project)
+    again = jetway("run", "my_recipe.yaml", "--json", *QUICK_BENCHMARK, cwd=project)
     finished(again)
     assert on_host(again.stages(cached=False)) == []
     assert again.metrics("pruned-int8-qat")["top1"] == first.metrics("pruned-int8-qat")["top1"]
 
-    changed = jetway("run", "my_recipe.yaml", "--json", "--set", "qat.epochs=2", cwd=project)
+    changed = jetway("run", "my_recipe.yaml", "--json", "--set", "qat.epochs=2", *QUICK_BENCHMARK, cwd=project)
     finished(changed)
     after_qat = {f"{stage} pruned-int8-qat" for stage in ("export", "lower", "verify")}
     assert set(on_host(changed.stages(cached=False))) == {"qat", *after_qat}
@@ -67,6 +68,7 @@ def test_project_with_folders_of_our_names_deploys(project, jetway):
     text += "\n    def last(self):\n        from configs.values import WIDTH\n        from tasks.values import LAST\n"
     module.write_text(text + "        assert WIDTH == 16\n        return LAST\n")
     recipe = yaml.safe_load((project / "my_recipe.yaml").read_text())
+    recipe["benchmark"] = {"min_duration_s": 0.3, "min_queries": 50}
     recipe |= {"variants": ["baseline-fp32"], "gates": [], "train": {"epochs": 1}}
     (project / "my_recipe.yaml").write_text(yaml.safe_dump(recipe))
 

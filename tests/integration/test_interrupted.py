@@ -13,6 +13,8 @@ from jetway.tasks.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.serial
 
+QUICK_BENCHMARK = {"min_duration_s": 0.5, "min_queries": 100, "max_extensions": 0}
+LONG_BENCHMARK = ("--set", "benchmark.min_duration_s=5")
 GRACE_S = 5
 SLACK_S = 4
 
@@ -21,9 +23,9 @@ SLACK_S = 4
 def long_project(project):
     """The README's project, with stages long enough to be caught, on a target that gives up orphans soon."""
     recipe = yaml.safe_load((project / "my_recipe.yaml").read_text())
-    recipe |= {"finetune": {"epochs": 8}, "targets": ["quick"], "name": project.parent.name[:60]}
-    recipe["train"] = {"epochs": 3, "learning_rate": 3e-3}
-    recipe["benchmark"] = {"min_duration_s": 4}
+    recipe |= {"finetune": {"epochs": 6}, "targets": ["quick"], "name": project.parent.name[:60]}
+    recipe["train"] = {"epochs": 1, "learning_rate": 3e-3}
+    recipe["benchmark"] = QUICK_BENCHMARK
     (project / "my_recipe.yaml").write_text(yaml.safe_dump(recipe))
     (project / "targets").mkdir()
     target = {"name": "quick", "kind": "loopback", "orphan_grace_s": GRACE_S}
@@ -73,7 +75,7 @@ def newest_run(home):
 def test_killed_run_leaves_nothing_and_the_next_one_goes_on(
     stage, long_project, start_jetway, jetway, cli_home
 ):
-    killed = start_jetway("run", "my_recipe.yaml", cwd=long_project)
+    killed = start_jetway("run", "my_recipe.yaml", *LONG_BENCHMARK, cwd=long_project)
     wait_for_line(killed, stage)
     if stage == "finetune":
         time.sleep(2)
@@ -93,7 +95,7 @@ def test_killed_run_leaves_nothing_and_the_next_one_goes_on(
 
 
 def test_ctrl_c_ends_the_job_and_says_so(long_project, start_jetway, cli_home):
-    process = start_jetway("run", "my_recipe.yaml", cwd=long_project)
+    process = start_jetway("run", "my_recipe.yaml", *LONG_BENCHMARK, cwd=long_project)
     wait_for_line(process, "benchmark")
     time.sleep(1)
     process.send_signal(signal.SIGINT)
