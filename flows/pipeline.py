@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -65,7 +66,8 @@ class Pipeline:
         """Starts the MLflow run. Until here nothing has been written anywhere."""
         tags = {"target": ", ".join(target.name for target in self.targets)}
         self.tracker.reap()
-        self.run_id = self.tracker.start_run(self.recipe.name, flat_params(self.recipe), tags)
+        name = f"{self.recipe.name} {datetime.now():%Y-%m-%d %H:%M:%S}"
+        self.run_id = self.tracker.start_run(self.recipe.name, flat_params(self.recipe), tags, run_name=name)
         self.observer.on_start(self.run_id)
         self.context.index = MlflowStageIndex(self.tracker, self.context.store, run_id=self.run_id)
         self.tracker.log_text(self.run_id, "recipe.yaml", yaml_of(self.recipe))

@@ -37,6 +37,7 @@ from jetway.tasks.tracking.values import (
     HOST_TAG,
     KIND_TAG,
     METRICS_A_BATCH,
+    MODEL_TRAINING,
     NOTE_TAG,
     PARAMS_A_BATCH,
     PARENT_TAG,
@@ -291,7 +292,8 @@ class Tracker:
             found = client.get_experiment_by_name(name)
             if found is not None:
                 return str(found.experiment_id)
-            return str(client.create_experiment(name, artifact_location=artifact_location(self.uri)))
+            location = artifact_location(self.uri)
+            return str(client.create_experiment(name, location, tags=MODEL_TRAINING))
 
     def _experiment_ids(self, name: str | None) -> list[str]:
         if name is None:

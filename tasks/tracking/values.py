@@ -27,6 +27,9 @@ PROCESS_TAG = "jetway.pid"
 PARENT_TAG = "mlflow.parentRunId"
 NOTE_TAG = "mlflow.note.content"
 
+#: Tags of an experiment whose pages show runs and their metrics, not the traces of a language model.
+MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+
 #: Where a run keeps the handles of its own files, by path.
 FILES_PATH = "files.json"
 HANDLES: TypeAdapter[dict[str, AnyHandle]] = TypeAdapter(dict[str, AnyHandle])

@@ -43,7 +43,9 @@ def test_readme_example_deploys_and_then_is_reused(project, jetway, cli_home):
     assert on_host(again.stages(cached=False)) == []
     assert again.metrics("pruned-int8-qat")["top1"] == first.metrics("pruned-int8-qat")["top1"]
 
-    changed = jetway("run", "my_recipe.yaml", "--json", "--set", "qat.epochs=2", *QUICK_BENCHMARK, cwd=project)
+    changed = jetway(
+        "run", "my_recipe.yaml", "--json", "--set", "qat.epochs=2", *QUICK_BENCHMARK, cwd=project
+    )
     finished(changed)
     after_qat = {f"{stage} pruned-int8-qat" for stage in ("export", "lower", "verify")}
     assert set(on_host(changed.stages(cached=False))) == {"qat", *after_qat}
