@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from jetway.configs.load import load_recipe, load_target
@@ -43,11 +45,21 @@ def run(options: argparse.Namespace) -> int:
     from jetway.flows.server import start_server
 
     server = start_server()
-    from jetway.flows.run import run_deploy
+    with without_garbage_collection():
+        from jetway.flows.run import run_deploy
 
     return run_deploy(
         server, options.recipe, options.target, options.set, as_json=options.json, started_s=STARTED_S
     )
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """For imports: what they make stays, and looking for garbage among it takes a sixth of their time."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 def check(options: argparse.Namespace) -> int:

@@ -67,7 +67,9 @@ class Pipeline:
         tags = {"target": ", ".join(target.name for target in self.targets)}
         self.tracker.reap()
         name = f"{self.recipe.name} {datetime.now():%Y-%m-%d %H:%M:%S}"
-        self.run_id = self.tracker.start_run(self.recipe.name, flat_params(self.recipe), tags, run_name=name)
+        host = {"host.threads": self.context.threads, "host.device": self.context.device}
+        params = flat_params(self.recipe) | host
+        self.run_id = self.tracker.start_run(self.recipe.name, params, tags, run_name=name)
         self.observer.on_start(self.run_id)
         self.context.index = MlflowStageIndex(self.tracker, self.context.store, run_id=self.run_id)
         self.tracker.log_text(self.run_id, "recipe.yaml", yaml_of(self.recipe))

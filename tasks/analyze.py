@@ -13,14 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure as Canvas
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor, nn
 
 from jetway.configs.schema import AnalyzeConfig
 from jetway.tasks.artifacts import Checkpoint, Figure, StageOutput
+from jetway.tasks.chart import add_chart, new_canvas
 from jetway.tasks.checkpoint import load_network
 from jetway.tasks.macs import count_macs, count_params, weight_bytes
 from jetway.tasks.stage import StageContext, run_stage
@@ -207,8 +206,7 @@ def _add_chart(
     """Shares of latency and MACs of the modules that take longest, side by side."""
     shown = sorted(rows, key=lambda row: float(row["latency_ms"]), reverse=True)[:_CHARTED][::-1]
     labels = [f"{row['module'] or '(forward)'} · {row['type']}" for row in shown]
-    canvas = Canvas(figsize=(11, 1.8 + 0.32 * len(shown)), layout="constrained")
-    FigureCanvasAgg(canvas)
+    canvas = new_canvas(11, 1.8 + 0.32 * len(shown))
     left, right = canvas.subplots(1, 2, sharey=True)
     _draw_bars(left, labels, [100 * row["latency_share"] for row in shown], "share of the latency, %")
     _draw_bars(
@@ -218,10 +216,7 @@ def _add_chart(
         f"Baseline, measured on the {_host_cpu()}: {totals['latency_ms']:.2f} ms, "
         f"{totals['macs'] / 1e6:.1f} M MACs, {totals['params'] / 1e6:.2f} M parameters"
     )
-    with context.store.scratch() as folder:
-        path = folder / "analysis.png"
-        canvas.savefig(path, dpi=120)
-        return context.store.add(Figure, path, parents=(parent.sha256,))
+    return add_chart(context.store, canvas, parents=(parent.sha256,))
 
 
 def _draw_bars(axes: Any, labels: list[str], percent: list[float], title: str) -> None:

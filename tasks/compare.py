@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure as Canvas
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from jetway.configs.schema import Gate
 from jetway.tasks.artifacts import Figure, StageOutput
+from jetway.tasks.chart import add_chart, new_canvas
 from jetway.tasks.errors import ConfigError
 from jetway.tasks.gates import evaluate_gates
 from jetway.tasks.metrics import Metric
 from jetway.tasks.results import BASELINE, RATIO_METRICS, VariantResult, drop_name, dump_rows
 from jetway.tasks.stage import StageContext
 from jetway.tasks.store import Store
-
-CHART_DPI = 120
 
 
 def compare_variants(
@@ -64,8 +60,7 @@ def draw_accuracy_latency(store: Store, rows: Sequence[VariantResult], metric: M
 
     A hollow marker is a measurement that is not valid.
     """
-    figure = Canvas(figsize=(7, 4.5), dpi=CHART_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_canvas(7, 4.5)
     axes = figure.subplots()
     for row in rows:
         latency, score = row.value("latency_ms_p50"), row.value(metric.name)
@@ -80,10 +75,7 @@ def draw_accuracy_latency(store: Store, rows: Sequence[VariantResult], metric: M
     axes.margins(0.15)
     axes.grid(alpha=0.3)
     axes.set_title(f"{rows[0].target}: {rows[0].engine}\n{rows[0].board}", fontsize=10)
-    with store.scratch() as folder:
-        path = Path(folder) / "chart.png"
-        figure.savefig(path, metadata={"Software": None})
-        return store.add(Figure, path)
+    return add_chart(store, figure)
 
 
 @task(name="compare", cache_policy=NO_CACHE, persist_result=False)

@@ -7,7 +7,8 @@ import yaml
 
 from jetway.tasks.tracking.tracker import Tracker
 
-pytestmark = pytest.mark.serial
+# What libraries warn of is a matter of their tests; the first run's output is checked for noise.
+pytestmark = [pytest.mark.serial, pytest.mark.filterwarnings("default")]
 
 NOISE = ("Traceback", "Warning", "prefect -", "Error")
 HOST_STAGES = {"load", "analyze", "prune", "finetune", "ptq", "qat", "export", "lower", "verify"}
@@ -28,7 +29,7 @@ def finished(run):
     return document
 
 
-def test_readme_example_deploys_and_then_is_reused(project, jetway, cli_home):
+def test_readme_example_deploys_and_then_is_reused(project, jetway, jetway_here, cli_home):
     first = jetway("run", "my_recipe.yaml", "--json", cwd=project)
     document = finished(first)
     assert [row["variant"] for row in document["variants"]] == VARIANTS
@@ -38,12 +39,12 @@ def test_readme_example_deploys_and_then_is_reused(project, jetway, cli_home):
     assert all(row["metrics"]["latency_ms_p50"] > 0 for row in document["variants"])
     assert all(gate["passed"] for row in document["variants"] for gate in row["gates"])
 
-    again = jetway("run", "my_recipe.yaml", "--json", *QUICK_BENCHMARK, cwd=project)
+    again = jetway_here("run", "my_recipe.yaml", "--json", *QUICK_BENCHMARK, cwd=project)
     finished(again)
     assert on_host(again.stages(cached=False)) == []
     assert again.metrics("pruned-int8-qat")["top1"] == first.metrics("pruned-int8-qat")["top1"]
 
-    changed = jetway(
+    changed = jetway_here(
         "run", "my_recipe.yaml", "--json", "--set", "qat.epochs=2", *QUICK_BENCHMARK, cwd=project
     )
     finished(changed)
@@ -53,7 +54,7 @@ def test_readme_example_deploys_and_then_is_reused(project, jetway, cli_home):
     assert set(on_host(changed.stages(cached=True))) == before_qat
 
     check_record(cli_home, document)
-    shown = jetway("show", document["run_id"][:12], cwd=project)
+    shown = jetway_here("show", document["run_id"][:12], cwd=project)
     assert shown.exit_code == 0
     assert "pruned-int8-qat" in shown.stdout
 

@@ -6,12 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from jetway.tasks.on_device import lease
 from jetway.tasks.tracking.tracker import Tracker
 
-pytestmark = pytest.mark.serial
+pytestmark = [pytest.mark.serial, pytest.mark.filterwarnings("default")]
 
 QUICK_BENCHMARK = {"min_duration_s": 0.5, "min_queries": 100, "max_extensions": 0}
 LONG_BENCHMARK = ("--set", "benchmark.min_duration_s=5")
@@ -40,6 +41,17 @@ def wait_for_line(process, start):
             threading.Thread(target=process.stderr.read, daemon=True).start()
             return
     pytest.fail(f"the run ended before it came to {start!r}")
+
+
+def wait_for_epochs(home, count):
+    """Until the resume file of a training tells of so many finished epochs."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for path in (home / "work").glob("*/training-*.pt"):
+            if len(torch.load(path, weights_only=True)["history"]) > count:
+                return
+        time.sleep(0.05)
+    pytest.fail("no epoch was finished in time")
 
 
 def running_on_target(home):
@@ -73,17 +85,17 @@ def newest_run(home):
 
 @pytest.mark.parametrize("stage", ["finetune", "build", "benchmark"])
 def test_killed_run_leaves_nothing_and_the_next_one_goes_on(
-    stage, long_project, start_jetway, jetway, cli_home
+    stage, long_project, start_jetway, jetway_here, cli_home
 ):
     killed = start_jetway("run", "my_recipe.yaml", *LONG_BENCHMARK, cwd=long_project)
     wait_for_line(killed, stage)
     if stage == "finetune":
-        time.sleep(2)
+        wait_for_epochs(cli_home, 2)
     killed.send_signal(signal.SIGKILL)
     wait_until_nothing_runs(cli_home, GRACE_S + SLACK_S)
     assert lease_is_free()
 
-    resumed = jetway("run", "my_recipe.yaml", "--json", cwd=long_project)
+    resumed = jetway_here("run", "my_recipe.yaml", "--json", cwd=long_project)
     assert resumed.json["status"] == "FINISHED", resumed.stderr
     finished_before = {"finetune": {"load", "analyze", "prune"}}.get(stage, {"finetune", "ptq", "qat"})
     assert finished_before <= set(resumed.stages(cached=True))
