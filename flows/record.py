@@ -66,10 +66,12 @@ class RunResult(BaseModel):
 
 def make_rows(run: Pipeline, measured: Measured, networks: Mapping[str, Network]) -> list[VariantResult]:
     """One row a variant; ratios and drops against the baseline are ``compare``'s."""
-    baseline = records_of(run, next(iter(measured.evaluations.values())))
-    return [
-        make_row(run, measured, variant, networks[variant.name], baseline) for variant in run.recipe.variants
-    ]
+    with run.context.timed(f"intervals on {measured.target.name}"):
+        baseline = records_of(run, next(iter(measured.evaluations.values())))
+        return [
+            make_row(run, measured, variant, networks[variant.name], baseline)
+            for variant in run.recipe.variants
+        ]
 
 
 def make_row(

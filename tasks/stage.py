@@ -85,11 +85,11 @@ class StageContext:
         self.progress = progress
         self.on_finish = on_finish
         self.label = ""
+        #: Stages in the order in which they finished.
+        self.finished: list[FinishedStage] = []
         #: Folder for what a stage needs to resume after a kill; it outlives the process, not the stage.
         self.work_dir = work_dir or jetway_home() / "work" / "unkeyed"
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        #: Stages in the order in which they finished.
-        self.finished: list[FinishedStage] = []
 
     def labelled(self, label: str) -> StageContext:
         """The same context for the stages of one variant: the label stands behind the stage's name."""
@@ -107,15 +107,17 @@ class StageContext:
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Counts the block as a stage of its own; for what is never reused, such as measurements."""
-        started = time.monotonic()
+        started_s = time.monotonic()
         yield
-        self.finish(stage, started, cached=False)
+        self.finish(stage, started_s, cached=False)
 
-    def finish(self, stage: str, started_s: float, *, cached: bool) -> None:
+    def finish(self, stage: str, started_s: float, *, cached: bool) -> FinishedStage:
+        """Notes a stage as ended now. What is logged of it afterwards counts as tracking."""
         ended = FinishedStage(f"{stage} {self.label}".strip(), started_s, time.monotonic(), cached)
         self.finished.append(ended)
         if self.on_finish:
             self.on_finish(ended)
+        return ended
 
 
 def stage_key(context: StageContext, stage: str, inputs: Sequence[Handle], section: Section) -> str:
@@ -141,21 +143,20 @@ def run_stage(
 ) -> StageOutput:
     """Returns the recorded result of the same stage on the same content, or runs it and records it."""
     key = stage_key(context, stage, inputs, section)
-    started = time.monotonic()
     found = context.index.find(key) if context.index is not None else None
+    started_s = time.monotonic()
     if found is not None:
         logger.info("%s: unchanged, result %s reused", stage, found.handle.sha256[:12])
-        context.finish(stage, started, cached=True)
+        context.finish(stage, started_s, cached=True)
         return found
     own = context.for_stage(key)
     seed_everything(stage_seed(context.seed, stage))
     torch.set_num_threads(context.threads)
     output = produce(own)
-    seconds = time.monotonic() - started
+    seconds = context.finish(stage, started_s, cached=False).seconds
     if context.index is not None:
         context.index.record(key, stage, output, seconds)
     shutil.rmtree(own.work_dir, ignore_errors=True)
-    context.finish(stage, started, cached=False)
     logger.info("%s: done in %.1f s", stage, seconds)
     return output
 
