@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv "$(VENV)" || python3 -m venv "$(VENV)"
+	$(shell command -v $(PYTHON) || command -v python3) -m venv "$(VENV)"
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch "$(STAMP)"
