@@ -51,11 +51,19 @@ _spawned: list[subprocess.Popen[bytes]] = []
 class Server:
     """A Prefect API and, if it is ours, the hold on it that keeps it running. Use it in ``with``."""
 
-    def __init__(self, api_url: str, *, folder: Path | None = None, hold: IO[str] | None = None) -> None:
+    def __init__(
+        self,
+        api_url: str,
+        *,
+        folder: Path | None = None,
+        hold: IO[str] | None = None,
+        spawned: bool = False,
+    ) -> None:
         #: Address of the API, as ``PREFECT_API_URL`` wants it.
         self.api_url = api_url
         self._folder = folder
         self._hold = hold
+        self._spawned = spawned
 
     @property
     def ui_url(self) -> str:
@@ -81,6 +89,16 @@ class Server:
                 os.utime(self._hold.name)
             self._hold.close()
             self._hold = None
+
+    def stop_if_spawned(self) -> None:
+        """Undoes ``start_server``: lets go, and ends the server if this call started it and no other uses it."""
+        self.close()
+        if not self._spawned or self._folder is None:
+            return
+        with (self._folder / "start.lock").open("a") as start:
+            fcntl.flock(start, fcntl.LOCK_EX)
+            if not _locked(self._folder / "clients.lock", exclusive=True):
+                stop_server(home=self._folder.parent)
 
     def __enter__(self) -> Server:
         return self
@@ -113,10 +131,11 @@ def start_server(*, idle_s: float = IDLE_S, home: Path | None = None) -> Server:
     os.utime(hold.name)
     with (folder / "start.lock").open("a") as start:
         fcntl.flock(start, fcntl.LOCK_EX)
-        if not _locked(folder / "server.lock"):
+        spawned = not _locked(folder / "server.lock")
+        if spawned:
             _spawn(folder, idle_s)
     port = _read_state(folder)["port"]
-    return Server(f"http://127.0.0.1:{port}/api", folder=folder, hold=hold)
+    return Server(f"http://127.0.0.1:{port}/api", folder=folder, hold=hold, spawned=spawned)
 
 
 def stop_server(*, home: Path | None = None) -> bool:
@@ -126,7 +145,9 @@ def stop_server(*, home: Path | None = None) -> bool:
         return False
     pid = int(_read_state(folder)["pid"])
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        os.kill(pid, sign)
+        # It may end by itself between the look at its lock and here.
+        with suppress(ProcessLookupError):
+            os.kill(pid, sign)
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while time.monotonic() < deadline:
             if not _locked(folder / "server.lock"):
@@ -280,11 +301,11 @@ def _server_environment(folder: Path, port: int) -> dict[str, str]:
     }
 
 
-def _locked(path: Path) -> bool:
-    """Whether some process holds the lock of a file."""
+def _locked(path: Path, *, exclusive: bool = False) -> bool:
+    """Whether some process holds the lock of a file; ``exclusive`` counts shared locks too."""
     with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
             for process in _spawned:
                 process.poll()

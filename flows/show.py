@@ -13,12 +13,13 @@ from jetway.tasks.tracking.tracker import Tracker
 
 
 def show_run(id_or_prefix: str, *, as_json: bool) -> None:
-    """Prints the table, or the JSON that the run printed with ``--json``.
+    """Prints the table, or the JSON that the run printed with ``--json``; ``latest`` is the newest with a table.
 
     Raises TrackingError when there is no such run, or it ended before it had a table.
     """
     tracker = Tracker()
-    run = tracker.find_run(id_or_prefix)
+    latest = id_or_prefix == "latest"
+    run = tracker.newest_run_with(RESULT_PATH) if latest else tracker.find_run(id_or_prefix)
     try:
         document = tracker.load_json(run.run_id, RESULT_PATH)
     except TrackingError as exc:

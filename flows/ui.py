@@ -49,25 +49,28 @@ def _mlflow_pages(uri: str) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     log = jetway_home() / "mlflow-server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as output, _process(_mlflow_command(uri, port), output.fileno()) as process:
+    command = _mlflow_command(artifact_location(uri), port)
+    with log.open("w") as output, _process(command, uri, output.fileno()) as process:
         _wait_for(url, process, log)
         yield url
 
 
-def _mlflow_command(uri: str, port: int) -> list[str]:
+def _mlflow_command(location: str | None, port: int) -> list[str]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--workers", "1", "--backend-store-uri", uri]
-    location = artifact_location(uri)
+    command += ["--workers", "1"]
     return [*command, "--default-artifact-root", location] if location else command
 
 
 @contextmanager
-def _process(command: list[str], output: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with its children in a group of their own, ended with the block."""
+def _process(command: list[str], uri: str, output: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with its children in a group of their own, ended with the block.
+
+    ``uri`` may hold a password, so it goes by the environment: every user can read a command line.
+    """
     process = subprocess.Popen(
         command,
         # Its background jobs are half a dozen processes that a page of runs has no use for.
-        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri},
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,

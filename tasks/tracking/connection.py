@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ def translated(uri: str, what: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as exc:
-        reason = str(exc).strip().partition("\n")[0] or type(exc).__name__
+        reason = _reason(exc).replace(uri, without_password(uri))
         raise TrackingError(
             f"MLflow at {without_password(uri)} could not {what}: {reason}. Check that it is reachable "
             "and has room; unset MLFLOW_TRACKING_URI to use the embedded database."
@@ -84,9 +85,16 @@ def place_file(local: Path, final: Path) -> None:
 
 
 def without_password(uri: str) -> str:
-    """The address without ``user:password@``."""
+    """The address without ``user:password@`` and without its query, where a password may stand as well."""
     scheme, found, rest = uri.partition("://")
-    return f"{scheme}{found}{rest.rpartition('@')[2]}" if found else uri
+    return f"{scheme}{found}{rest.rpartition('@')[2].partition('?')[0]}" if found else uri
+
+
+def _reason(exc: Exception) -> str:
+    """The first line of an error, its addresses without passwords."""
+    line = str(exc).strip().partition("\n")[0] or type(exc).__name__
+    line = re.sub(r"(?<=://)[^\s/'\"]*@", "", line)
+    return re.sub(r"\?[^\s'\"?]*=[^\s'\"]*", "", line)
 
 
 def _database(uri: str) -> Path | None:

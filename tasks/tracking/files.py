@@ -44,6 +44,11 @@ class RunFiles:
         with translated(self._uri, f"fetch {path} of run {run_id}"):
             return Path(self._client.download_artifacts(run_id, path, str(folder)))
 
+    def has(self, run_id: str, path: str) -> bool:
+        """Whether a file of this path is attached to the run."""
+        with translated(self._uri, f"list the files of run {run_id}"):
+            return path in [file.path for file in self._client.list_artifacts(run_id)]
+
     def handles(self, run_id: str) -> dict[str, Handle]:
         """Handles of the attached files, by path."""
         if run_id not in self._handles:
@@ -65,9 +70,8 @@ class RunFiles:
         return self._folders[run_id]
 
     def _recorded(self, run_id: str) -> dict[str, Handle]:
-        with translated(self._uri, f"list the files of run {run_id}"):
-            if FILES_PATH not in [file.path for file in self._client.list_artifacts(run_id)]:
-                return {}
+        if not self.has(run_id, FILES_PATH):
+            return {}
         with tempfile.TemporaryDirectory() as folder:
             text = self.fetch(run_id, FILES_PATH, Path(folder)).read_text()
         return dict(HANDLES.validate_python(json.loads(text)))

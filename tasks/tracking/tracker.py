@@ -29,6 +29,7 @@ from jetway.tasks.tracking.connection import (
     open_client,
     tracking_uri,
     translated,
+    without_password,
 )
 from jetway.tasks.tracking.files import RunFiles
 from jetway.tasks.tracking.values import (
@@ -171,7 +172,16 @@ class Tracker:
         fits = ", ".join(run.run_id[:8] for run in found)
         problem = f"{len(found)} runs fit {id_or_prefix!r} ({fits})" if found else f"no run {id_or_prefix!r}"
         newest = ", ".join(f"{run.run_id[:8]} ({run.experiment})" for run in self.pipeline_runs(limit=5))
-        raise TrackingError(f"{problem} in {self.uri}. The newest are: {newest or 'none yet'}.")
+        raise TrackingError(f"{problem} in {without_password(self.uri)}. The newest are: {newest or 'none yet'}.")
+
+    def newest_run_with(self, path: str) -> RunRecord:
+        """The newest finished pipeline run with this file at its top. Raises TrackingError when none has."""
+        for run in self.pipeline_runs():
+            if run.status == "FINISHED" and self._run_files.has(run.run_id, path):
+                return run
+        raise TrackingError(
+            f"No run in {without_password(self.uri)} has {path} yet: none has finished. Run jetway run first."
+        )
 
     def pipeline_runs(self, *, limit: int = 10_000) -> list[RunRecord]:
         """Parent runs of every recipe, newest first."""
@@ -209,7 +219,9 @@ class Tracker:
         try:
             return json.loads(text)
         except ValueError as exc:
-            raise TrackingError(f"{path} of run {run_id} in {self.uri} is not JSON: {exc}.") from exc
+            raise TrackingError(
+                f"{path} of run {run_id} in {without_password(self.uri)} is not JSON: {exc}."
+            ) from exc
 
     def files(self, run_id: str) -> dict[str, Handle]:
         """Handles of what ``log_files`` attached, by path."""

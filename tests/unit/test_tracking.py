@@ -18,7 +18,7 @@ from jetway.tasks import environment
 from jetway.tasks.artifacts import Checkpoint, Report, StageOutput, json_sha256
 from jetway.tasks.errors import TrackingError
 from jetway.tasks.store import Store
-from jetway.tasks.tracking.connection import without_password
+from jetway.tasks.tracking.connection import translated, without_password
 from jetway.tasks.tracking.index import MlflowStageIndex, used_keys
 from jetway.tasks.tracking.tracker import Tracker
 from jetway.tasks.tracking.values import BOOT_TAG, NOTE_TAG, PARAM_CHARACTERS, flat_params, short_text
@@ -173,6 +173,32 @@ def test_tracking_uri_of_the_user_wins(home: Path, tmp_path: Path, monkeypatch: 
 def test_passwords_stay_out_of_messages() -> None:
     assert without_password("https://me:secret@mlflow.example:80/x") == "https://mlflow.example:80/x"
     assert without_password("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
+    assert without_password("postgresql://db/x?user=me&password=secret") == "postgresql://db/x"
+
+
+def test_find_run_keeps_a_password_in_the_address_to_itself(home: Path) -> None:
+    tracker = Tracker(f"sqlite:///{home / 'mlflow.db'}?password=secret")
+    with pytest.raises(TrackingError, match="no run 'abc'") as caught:
+        tracker.find_run("abc")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["{uri}", "postgresql://me:secret@db/x", "('db?password=secret',)"])
+def test_the_text_of_an_error_keeps_no_password(what: str) -> None:
+    uri = "postgresql://me:secret@db/x?password=secret"
+    with pytest.raises(TrackingError, match="could not open: refused by") as caught, translated(uri, "open"):
+        raise OSError(f"refused by {what.format(uri=uri)}")
+    assert "secret" not in str(caught.value)
+
+
+def test_tracker_finds_the_newest_finished_run_with_a_file(tracker: Tracker) -> None:
+    with pytest.raises(TrackingError, match=r"has result\.json yet"):
+        tracker.newest_run_with("result.json")
+    good, failed, _running = (tracker.start_run("digits", run_name=name) for name in ("a", "b", "c"))
+    tracker.log_json(good, "result.json", {})
+    tracker.finish(good, "FINISHED")
+    tracker.finish(failed, "FAILED")
+    assert tracker.newest_run_with("result.json").run_id == good
 
 
 def _leave_a_run(uri: str) -> None:
