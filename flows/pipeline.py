@@ -12,7 +12,7 @@ from typing import TypeVar
 import yaml
 from pydantic import BaseModel
 
-from jetway.configs.load import load_recipe, load_target
+from jetway.configs.load import load_recipe, load_targets
 from jetway.configs.schema import Recipe, Stage, Target, Variant
 from jetway.tasks import environment
 from jetway.tasks.artifacts import Handle, StageOutput
@@ -126,7 +126,7 @@ def open_pipeline(
 ) -> Iterator[Pipeline]:
     """Validates everything, starts the MLflow run, and ends it as FINISHED, FAILED or KILLED."""
     recipe, path = load_recipe(recipe_name, overrides)
-    targets = [load_target(name, near=path) for name in target_names or recipe.targets]
+    targets = load_targets(target_names or recipe.targets, near=path)
     pipeline = Pipeline(recipe, path, targets, Tracker(), OBSERVER.get() or Observer())
     pipeline.start()
     status: Status = "KILLED"

@@ -11,7 +11,8 @@ from typing import Any
 
 from prefect.exceptions import PrefectException
 
-from jetway.configs.load import load_recipe, load_target
+from jetway.configs.load import load_recipe, load_targets
+from jetway.flows.check import check_recipe_fits
 from jetway.flows.deploy import deploy
 from jetway.flows.pipeline import OBSERVER, Observer, make_context
 from jetway.flows.record import RunResult
@@ -57,7 +58,7 @@ def run_deploy(
     status, code, result = "FAILED", 1, None
     try:
         with terminal, observing(observer), server:
-            check_inputs(recipe, targets, overrides)
+            check_inputs(server, recipe, targets, overrides)
             server.wait_ready()
             result = call_flow(server, recipe, targets, overrides)
         status, code = "FINISHED", result.exit_code
@@ -87,12 +88,17 @@ def interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def check_inputs(recipe_name: str, targets: list[str] | None, overrides: list[str]) -> None:
-    """Raises for what can be known to be wrong before a run exists anywhere."""
-    recipe, path = load_recipe(recipe_name, overrides)
-    for name in targets or recipe.targets:
-        load_target(name, near=path)
-    check_workload(make_context(recipe, path, Observer()).workload)
+def check_inputs(server: Server, recipe_name: str, targets: list[str] | None, overrides: list[str]) -> None:
+    """Raises for what can be known to be wrong before a run exists, and then leaves nothing started."""
+    try:
+        recipe, path = load_recipe(recipe_name, overrides)
+        load_targets(targets or recipe.targets, near=path)
+        workload = make_context(recipe, path, Observer()).workload
+        check_workload(workload)
+        check_recipe_fits(recipe, path, workload)
+    except JetwayError:
+        server.stop_if_spawned()
+        raise
 
 
 @contextmanager
