@@ -33,10 +33,32 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recip
 
 
 def load_target(name_or_path: str, *, near: Path | None = None) -> Target:
-    """The target of that name or file; ``near`` is the recipe's file, beside which targets may lie."""
+    """The target of that name or file; ``near`` is the recipe's file, beside which targets may lie.
+
+    Raises ConfigError when there is none, it is not valid, or a file found by name calls itself otherwise.
+    """
     folders = [Path.cwd(), *([near.parent, near.parent.parent] if near else [])]
     path = find_file(name_or_path, "targets", folders)
-    return validate(Target, read_yaml(path), source=str(path))
+    target = validate(Target, read_yaml(path), source=str(path))
+    if path.stem == name_or_path != target.name:
+        raise ConfigError(
+            f"{path}: its name is {target.name!r}, but the file is called {name_or_path!r}. Make them the same."
+        )
+    return target
+
+
+def load_targets(names: Sequence[str], *, near: Path | None = None) -> list[Target]:
+    """The targets of those names or files. Raises ConfigError also when two of them have one name."""
+    given: dict[str, str] = {}
+    targets = [load_target(name, near=near) for name in names]
+    for name, target in zip(names, targets, strict=True):
+        if target.name in given:
+            raise ConfigError(
+                f"{given[target.name]!r} and {name!r} are both the target {target.name!r}. Name each target "
+                "once, and give every target file a name of its own."
+            )
+        given[target.name] = name
+    return targets
 
 
 def find_file(name_or_path: str, kind: str, folders: Iterable[Path]) -> Path:
@@ -135,6 +157,9 @@ def _explain(model: type[BaseModel], error: Any) -> str:
         return f"{key}: unknown key.{_nearest(str(loc[-1]), fields)} Allowed here: {', '.join(fields)}"
     if error["type"] == "missing":
         return f"{key}: missing. Add it: {_description_at(model, loc)}"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        keys = ", ".join(_fields_at(model, loc))
+        return f"{key}: {_short(error['input'])} is not allowed: write a section with any of its keys: {keys}"
     message = str(error["msg"]).removeprefix("Value error, ")
     return (
         f"{key}: {_short(error['input'])} is not allowed: {message}. {_description_at(model, loc)}".rstrip()

@@ -1,6 +1,7 @@
 """The recipe (what to do to which network) and the target file (where), as frozen models.
 
-Every section carries a ``revision``: raise it to make the stage run again although nothing else changed.
+The section of a stage whose result may be reused carries a ``revision``: raise it to make the stage run again
+although nothing else changed. Benchmark and evaluation are never reused, so they have none.
 Validators are pure: nothing here reads a file, imports a workload or opens a connection.
 """
 
@@ -166,7 +167,7 @@ class QatConfig(TrainingSection):
 
 
 class ExportConfig(StageSection):
-    opset: int = Field(default=17, ge=11, le=23, description="ONNX operator set; int8 needs 13 or more.")
+    opset: int = Field(default=17, ge=11, le=20, description="ONNX operator set; int8 needs 13 or more.")
     dynamic_batch: bool = Field(default=False, description="Leave the batch dimension open.")
 
 
@@ -188,7 +189,9 @@ class BuildConfig(StageSection):
     timeout_s: float = Field(default=1800, gt=0, description="Longest build.")
 
 
-class BenchmarkConfig(StageSection):
+class BenchmarkConfig(Section):
+    """Runs every time: a measurement is never reused."""
+
     warmup_runs: int = Field(default=20, ge=1, description="Untimed queries of each variant.")
     min_queries: int = Field(
         default=664, ge=10, description="Timed queries of each variant, at least; 662 is the least for a p99."
@@ -208,7 +211,9 @@ class BenchmarkConfig(StageSection):
     timeout_s: float = Field(default=1800, gt=0, description="Longest session.")
 
 
-class EvaluateConfig(StageSection):
+class EvaluateConfig(Section):
+    """Runs every time: what the target answers is never reused."""
+
     samples: int | None = Field(default=None, ge=1, description="Evaluation samples; all by default.")
     timeout_s: float = Field(default=1800, gt=0, description="Longest evaluation.")
 

@@ -24,6 +24,7 @@ from jetway.tasks.remote import (
     build_on_target,
     example_inputs,
     is_unreachable,
+    pull_file,
     push_handle,
     relay,
 )
@@ -52,18 +53,22 @@ def benchmark_engines(
         "benchmark",
         request,
         timeout_s=config.timeout_s,
-        on_progress=relay(context.progress, f"benchmark on {session.target.name}"),
+        on_progress=relay(context.progress, stage_name(session.target.name)),
     )
     samples = _pull_samples(context, session, engines, result["samples"])
     return _measure(context, session, tuple(engines), samples, result)
 
 
+def stage_name(target: str) -> str:
+    return f"benchmark on {target}"
+
+
 def _request(
     context: StageContext, session: TargetSession, engines: Mapping[str, Engine], config: BenchmarkConfig
 ) -> dict[str, Any]:
-    inputs = push_handle(context, session, example_inputs(context))
+    inputs = push_handle(context, session, example_inputs(context), stage=stage_name(session.target.name))
     threads = next(iter(engines.values())).metadata["threads"]
-    limits = config.model_dump(mode="json", exclude={"revision", "timeout_s"})
+    limits = config.model_dump(mode="json", exclude={"timeout_s"})
     return {
         **limits,
         "engines": [_entry(engine, inputs, name) for name, engine in engines.items()],
@@ -83,16 +88,16 @@ def _entry(engine: Engine, remote_inputs: str, name: str) -> dict[str, str]:
 
 
 def _canary_entry(context: StageContext, session: TargetSession, threads: int) -> dict[str, str]:
-    inputs = canary_inputs(context.store)
+    inputs, stage = canary_inputs(context.store), stage_name(session.target.name)
     engine = build_on_target(
         context,
         session,
         canary_onnx(context.store),
         inputs,
         BuildConfig(threads=threads),
-        stage=f"benchmark on {session.target.name}",
+        stage=stage,
     )
-    return _entry(engine, push_handle(context, session, inputs), CANARY)
+    return _entry(engine, push_handle(context, session, inputs, stage=stage), CANARY)
 
 
 def _pull_samples(
@@ -100,7 +105,8 @@ def _pull_samples(
 ) -> Tensors:
     with context.store.scratch() as folder:
         path = folder / "samples.safetensors"
-        session.pull(remote["path"], path, sha256=remote["sha256"])
+        stage = stage_name(session.target.name)
+        pull_file(context, session, remote["path"], path, sha256=remote["sha256"], stage=stage)
         return context.store.add(Tensors, path, parents=tuple(engine.sha256 for engine in engines.values()))
 
 
@@ -152,5 +158,5 @@ def _measure(
 def benchmark(
     context: StageContext, target: Target, engines: dict[str, Engine], config: BenchmarkConfig
 ) -> BenchmarkResult:
-    with context.timed(f"benchmark on {target.name}"), open_target(target) as session:
+    with context.timed(stage_name(target.name)), open_target(target) as session:
         return benchmark_engines(context, session, engines, config)

@@ -24,11 +24,15 @@ def build_engine(
     """Builds, loads and runs the engine once on the target; its passport is the handle's metadata.
 
     An engine that the target made earlier from the same ONNX file, with the same options, engine version and
-    CPU, is used again when it still matches its passport. Raises BuildError with its cause.
+    CPU, is used again when it still matches its passport; a raised ``revision`` builds anew. Raises BuildError
+    with its cause.
     """
-    return build_on_target(
-        context, session, onnx, example_inputs(context), config, stage=f"build {variant}".strip()
-    )
+    stage = stage_name(variant, session.target.name)
+    return build_on_target(context, session, onnx, example_inputs(context), config, stage=stage)
+
+
+def stage_name(variant: str, target: str) -> str:
+    return f"build {variant} on {target}".replace("  ", " ")
 
 
 @task(
@@ -43,5 +47,5 @@ def build_engine(
 def build(
     context: StageContext, target: Target, onnx: OnnxModel, config: BuildConfig, *, variant: str
 ) -> Engine:
-    with context.timed(f"build {variant} on {target.name}"), open_target(target) as session:
+    with context.timed(stage_name(variant, target.name)), open_target(target) as session:
         return build_engine(context, session, onnx, config, variant=variant)

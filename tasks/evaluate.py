@@ -21,6 +21,7 @@ from jetway.tasks.remote import (
     RETRIES,
     RETRY_DELAYS_S,
     is_unreachable,
+    pull_file,
     push_handle,
     relay,
     save_inputs,
@@ -47,18 +48,19 @@ def evaluate_engine(
     """Runs the engine over the evaluation data on the target and scores its outputs.
 
     ``inputs`` is what ``export_inputs`` gave for the same config, to share it between variants. Raises
-    TargetMismatchError for an engine built on another machine, WorkloadError when scoring fails.
+    TargetMismatchError for an engine built on another machine, WorkloadError when scoring fails or the inputs
+    differ in shape.
     """
     inputs = export_inputs(context, config) if inputs is None else inputs
-    stage = f"evaluate {variant}".strip()
+    stage = stage_name(variant, session.target.name)
     request = {
         "engine": {"path": engine.metadata["remote_path"], "sha256": engine.sha256},
-        "inputs": [push_handle(context, session, chunk) for chunk in inputs],
+        "inputs": [push_handle(context, session, chunk, stage=stage) for chunk in inputs],
     }
     result = session.run_job(
         "evaluate", request, timeout_s=config.timeout_s, on_progress=relay(context.progress, stage)
     )
-    records = _score_all(context, session, result["outputs"])
+    records = _score_all(context, session, result["outputs"], stage=stage)
     return Evaluation(
         target=session.target.name,
         metrics=context.workload.summarize(records),
@@ -68,16 +70,26 @@ def evaluate_engine(
     )
 
 
+def stage_name(variant: str, target: str) -> str:
+    return f"evaluate {variant} on {target}".replace("  ", " ")
+
+
 def export_inputs(context: StageContext, config: EvaluateConfig) -> list[Tensors]:
-    """The evaluation inputs as files in the store, samples along the first dimension, in their own order."""
+    """The evaluation inputs as files in the store, samples along the first dimension, in their own order.
+
+    Raises WorkloadError when samples differ in shape.
+    """
     return [save_inputs(context, chunk) for chunk in _chunks(context, config)]
 
 
 def _chunks(context: StageContext, config: EvaluateConfig) -> Iterator[Inputs]:
     pending: list[Inputs] = []
+    shapes: dict[str, torch.Size] = {}
     size_bytes = 0
     data = context.workload.evaluation_data()
     for inputs, _ in batches(context.workload, data, 1, limit=config.samples):
+        for name, tensor in inputs.items():
+            _check_shape(name, shapes.setdefault(name, tensor.shape), tensor.shape)
         pending.append(inputs)
         size_bytes += sum(tensor.nbytes for tensor in inputs.values())
         if size_bytes >= FILE_BYTES:
@@ -87,12 +99,21 @@ def _chunks(context: StageContext, config: EvaluateConfig) -> Iterator[Inputs]:
         yield _concatenate(pending)
 
 
+def _check_shape(name: str, expected: torch.Size, shape: torch.Size) -> None:
+    if shape != expected:
+        raise WorkloadError(
+            f"evaluation_data() of the workload gives input {name!r} as {list(expected)} in one sample and "
+            f"{list(shape)} in another, batch dimension included, but an engine takes one shape. Pad or crop "
+            "the samples to the same shape in the data set."
+        )
+
+
 def _concatenate(samples: Sequence[Inputs]) -> Inputs:
     return {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def _score_all(
-    context: StageContext, session: TargetSession, outputs: Sequence[Mapping[str, str]]
+    context: StageContext, session: TargetSession, outputs: Sequence[Mapping[str, str]], *, stage: str
 ) -> list[Record]:
     """One record a sample. Outputs are pulled and scored file by file, and not kept."""
     data = context.workload.evaluation_data()
@@ -100,7 +121,7 @@ def _score_all(
     for remote in outputs:
         with context.store.scratch() as folder:
             path = folder / "outputs.safetensors"
-            session.pull(remote["path"], path, sha256=remote["sha256"])
+            pull_file(context, session, remote["path"], path, sha256=remote["sha256"], stage=stage)
             for row in read_rows(path):
                 records.append(_score(context, row, data[len(records)][1]))
     return records
@@ -146,5 +167,5 @@ def _as_scored(array: NDArray[Any]) -> NDArray[Any]:
 def evaluate(
     context: StageContext, target: Target, engine: Engine, config: EvaluateConfig, *, variant: str
 ) -> Evaluation:
-    with context.timed(f"evaluate {variant} on {target.name}"), open_target(target) as session:
+    with context.timed(stage_name(variant, target.name)), open_target(target) as session:
         return evaluate_engine(context, session, engine, config, variant=variant)

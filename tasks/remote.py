@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import State, TaskRun
@@ -15,11 +16,15 @@ from jetway.tasks.artifacts import Engine, Handle, OnnxModel, Tensors
 from jetway.tasks.errors import TargetUnreachableError
 from jetway.tasks.stage import Progress, StageContext, seed_everything, stage_seed
 from jetway.tasks.target.session import TargetSession
+from jetway.tasks.target.transfer import TransferProgress
 from jetway.tasks.workload import Inputs
 
 #: Attempts after a lost connection, and the seconds before each.
 RETRIES = 3
 RETRY_DELAYS_S = [2.0, 8.0, 30.0]
+
+# Smaller files are there before a line about them could be read.
+SHOWN_BYTES = 1_000_000
 
 # Builds run side by side in threads, and the seeds are the process's.
 _seeded = threading.Lock()
@@ -45,9 +50,27 @@ def relay(progress: Progress, stage: str) -> Callable[[dict[str, Any]], None]:
     return on_progress
 
 
-def push_handle(context: StageContext, session: TargetSession, handle: Handle) -> str:
+def relay_transfer(progress: Progress, stage: str, verb: str) -> TransferProgress:
+    """Shows the bytes of a transfer as the stage's progress."""
+
+    def on_progress(done: int, size: int) -> None:
+        if size >= SHOWN_BYTES:
+            progress(stage, done, size, f"{verb} {size / 1e6:.1f} MB")
+
+    return on_progress
+
+
+def push_handle(context: StageContext, session: TargetSession, handle: Handle, *, stage: str) -> str:
     """The handle's file on the target, checked on both sides."""
-    return session.push(handle, context.store.open(handle))
+    shown = relay_transfer(context.progress, stage, "sending")
+    return session.push(handle, context.store.open(handle), shown)
+
+
+def pull_file(
+    context: StageContext, session: TargetSession, remote_path: str, path: Path, *, sha256: str, stage: str
+) -> None:
+    """Fetches a file from the target and checks its digest."""
+    session.pull(remote_path, path, sha256, relay_transfer(context.progress, stage, "receiving"))
 
 
 def save_inputs(context: StageContext, inputs: Inputs) -> Tensors:
@@ -80,20 +103,26 @@ def build_on_target(
     The engine's metadata is its passport, plus ``remote_path``, ``reused`` and ``target``.
     """
     request = {
-        "onnx": push_handle(context, session, onnx),
+        "onnx": push_handle(context, session, onnx, stage=stage),
         "onnx_sha256": onnx.sha256,
-        "inputs": push_handle(context, session, inputs),
+        "inputs": push_handle(context, session, inputs, stage=stage),
         "threads": config.threads,
+        "revision": config.revision,
         "provenance": {"parents": list(onnx.parents), "metadata": onnx.metadata},
     }
     result = session.run_job(
         "build", request, timeout_s=config.timeout_s, on_progress=relay(context.progress, stage)
     )
-    return _pull_engine(context, session, onnx, result)
+    return _pull_engine(context, session, onnx, result, stage=stage)
 
 
 def _pull_engine(
-    context: StageContext, session: TargetSession, onnx: OnnxModel, result: Mapping[str, Any]
+    context: StageContext,
+    session: TargetSession,
+    onnx: OnnxModel,
+    result: Mapping[str, Any],
+    *,
+    stage: str,
 ) -> Engine:
     passport = result["passport"]
     engine = Engine(
@@ -110,6 +139,6 @@ def _pull_engine(
     if not context.store.has(engine):
         with context.store.scratch() as folder:
             path = folder / "pulled.engine"
-            session.pull(result["engine"], path, sha256=engine.sha256)
+            pull_file(context, session, result["engine"], path, sha256=engine.sha256, stage=stage)
             context.store.add(Engine, path)
     return engine.model_copy(update={"uri": context.store.path_of(engine).as_uri()})

@@ -15,13 +15,14 @@ DISK_FACTOR = 2.5
 def run(request: Dict[str, Any], progress: Callable[[Dict[str, Any]], None]) -> Dict[str, Any]:
     """Builds, loads what was built, and runs it once.
 
-    Takes ``onnx`` and ``inputs`` (paths), ``onnx_sha256``, ``threads``, ``work_dir``, and ``provenance``,
-    which goes into the passport as it is. Returns ``engine`` (path), ``passport`` and ``reused``. An engine
-    that an earlier build made from the same is used again when it still is what its passport says.
+    Takes ``onnx`` and ``inputs`` (paths), ``onnx_sha256``, ``threads``, ``revision``, ``work_dir``, and
+    ``provenance``, which goes into the passport as it is. Returns ``engine`` (path), ``passport`` and
+    ``reused``. An engine that an earlier build made from the same is used again when it still is what its
+    passport says.
     """
     onnxruntime_engine.import_engine()
     folder = outputs.engines_folder(request["work_dir"])
-    key = passport.build_key(request["onnx_sha256"], request["threads"])
+    key = passport.build_key(request["onnx_sha256"], request["threads"], request["revision"])
     engine_path = os.path.join(folder, key + ".engine")
     reused = passport.is_sound(engine_path)
     if reused:

@@ -34,11 +34,15 @@ def current_platform() -> Dict[str, Any]:
     }
 
 
-def build_key(onnx_sha256: str, threads: int) -> str:
-    """Name of the engine that this machine builds from the ONNX file: same inputs, same name."""
+def build_key(onnx_sha256: str, threads: int, revision: int) -> str:
+    """Name of the engine that this machine builds from the ONNX file: same inputs, same name.
+
+    ``revision`` is the recipe's: raising it asks for a new build of the same.
+    """
     facts = {
         "schema_version": SCHEMA_VERSION,
         "onnx": onnx_sha256,
+        "revision": revision,
         "options": onnxruntime_engine.session_options(threads),
         "platform": current_platform(),
     }

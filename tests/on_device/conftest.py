@@ -96,6 +96,7 @@ class Workplace:
             "onnx_sha256": passport.file_sha256(str(onnx_path)),
             "inputs": inputs,
             "threads": 1,
+            "revision": 1,
             "work_dir": str(self.work_dir),
             **extra,
         }

@@ -98,6 +98,13 @@ def test_other_threads_give_another_engine(workplace, networks):
     assert two["passport"]["session_options"]["intra_op_num_threads"] == 2
 
 
+def test_a_raised_revision_builds_anew(workplace, networks):
+    first = workplace.build(networks["conv"], workplace.images(1))
+    raised = workplace.build(networks["conv"], workplace.images(1), revision=2)
+    assert not raised["reused"]
+    assert raised["engine"] != first["engine"]
+
+
 def corrupt(path):
     data = bytearray(Path(path).read_bytes())
     data[len(data) // 2] ^= 0x40

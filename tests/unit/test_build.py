@@ -1,14 +1,17 @@
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 
-from jetway.configs.schema import BuildConfig
+from jetway.configs.schema import BuildConfig, Target
 from jetway.tasks.artifacts import Engine, OnnxModel, file_sha256
 from jetway.tasks.build import build, build_engine
 from jetway.tasks.errors import BuildError, TargetMismatchError, TargetUnreachableError
-from jetway.tasks.remote import example_inputs
+from jetway.tasks.remote import example_inputs, pull_file, push_handle, save_inputs
 
 pytestmark = pytest.mark.serial
+
+LOOPBACK = Target(name="loopback", kind="loopback")
 
 
 def test_engine_comes_back_with_its_passport(deployed):
@@ -25,7 +28,7 @@ def test_engine_comes_back_with_its_passport(deployed):
     assert passport["provenance"]["metadata"] == deployed.onnx.metadata
     assert passport["target"] == "loopback"
     assert not passport["reused"]
-    assert {line[0] for line in lines} == {"build baseline-fp32"}
+    assert {line[0] for line in lines} == {"build baseline-fp32 on loopback"}
 
 
 def test_the_same_model_is_not_built_twice(deployed):
@@ -34,6 +37,42 @@ def test_the_same_model_is_not_built_twice(deployed):
     assert again == first
     assert again.metadata["reused"]
     assert again.metadata["build_s"] == first.metadata["build_s"]
+
+
+def test_a_raised_revision_builds_anew(deployed):
+    build_engine(deployed.context, deployed.session, deployed.onnx, BuildConfig())
+    raised = build_engine(deployed.context, deployed.session, deployed.onnx, BuildConfig(revision=2))
+    assert not raised.metadata["reused"]
+
+
+def test_a_build_shows_under_the_name_that_it_ends_with(deployed, monkeypatch):
+    monkeypatch.setenv("JETWAY_HOME", str(deployed.home))
+    names = set()
+    monkeypatch.setattr(deployed.context, "progress", lambda stage, *step: names.add(stage))
+    build.fn(deployed.context, LOOPBACK, deployed.onnx, BuildConfig(revision=3), variant="baseline-fp32")
+    assert names == {deployed.context.finished[-1].name}
+
+
+def test_transfers_of_large_files_are_shown(deployed, monkeypatch, tmp_path):
+    lines = []
+    monkeypatch.setattr(deployed.context, "progress", lambda *line: lines.append(line))
+    handle = save_inputs(deployed.context, {"image": torch.rand(1_000_000)})
+    size = handle.size_bytes
+    remote = push_handle(deployed.context, deployed.session, handle, stage="somewhere")
+    assert lines[-1] == ("somewhere", size, size, "sending 4.0 MB")
+    assert [line[1] for line in lines] == sorted(line[1] for line in lines)
+    sent = len(lines)
+    path = tmp_path / "back"
+    pull_file(deployed.context, deployed.session, remote, path, sha256=handle.sha256, stage="somewhere")
+    assert lines[-1] == ("somewhere", size, size, "receiving 4.0 MB")
+    assert 1 < sent < len(lines)
+
+
+def test_transfers_of_small_files_are_not(deployed, monkeypatch):
+    lines = []
+    monkeypatch.setattr(deployed.context, "progress", lambda *line: lines.append(line))
+    push_handle(deployed.context, deployed.session, example_inputs(deployed.context), stage="somewhere")
+    assert not lines
 
 
 def test_threads_of_the_recipe_are_the_sessions(deployed):

@@ -7,15 +7,17 @@ import torch
 from onnx import numpy_helper
 from safetensors.numpy import load_file
 
-from jetway.configs.schema import BuildConfig, EvaluateConfig
+from jetway.configs.schema import BuildConfig, EvaluateConfig, Target
 from jetway.tasks import evaluate as stage
 from jetway.tasks.artifacts import OnnxModel
 from jetway.tasks.build import build_engine
 from jetway.tasks.errors import ArtifactError, TargetMismatchError, WorkloadError
-from jetway.tasks.evaluate import evaluate_engine, export_inputs
+from jetway.tasks.evaluate import evaluate, evaluate_engine, export_inputs
 from jetway.tasks.workload import evaluate_network
 
 pytestmark = pytest.mark.serial
+
+LOOPBACK = Target(name="loopback", kind="loopback")
 
 
 @pytest.fixture
@@ -30,6 +32,23 @@ def test_score_is_that_of_the_network_on_the_host(deployed, engine):
     assert found.metrics == {"top1": pytest.approx(24 / 30)}
     assert found.samples == 30
     assert found.records.parents == (engine.sha256,)
+
+
+def test_an_evaluation_shows_under_the_name_that_it_ends_with(deployed, engine, monkeypatch):
+    monkeypatch.setenv("JETWAY_HOME", str(deployed.home))
+    names = set()
+    monkeypatch.setattr(deployed.context, "progress", lambda stage, *step: names.add(stage))
+    evaluate.fn(deployed.context, LOOPBACK, engine, EvaluateConfig(), variant="baseline-fp32")
+    assert names == {deployed.context.finished[-1].name}
+
+
+def test_samples_of_different_shapes_are_the_workloads_error(deployed, engine, monkeypatch):
+    def evaluation_data():
+        return [({"image": torch.ones(1, 12, 12 + i // 4), "offset": torch.ones(())}, 0) for i in range(8)]
+
+    monkeypatch.setattr(deployed.context.workload, "evaluation_data", evaluation_data)
+    with pytest.raises(WorkloadError, match=r"'image' as \[1, 1, 12, 12\] .* \[1, 1, 12, 13\].*Pad"):
+        evaluate_engine(deployed.context, deployed.session, engine, EvaluateConfig())
 
 
 def test_the_recipe_may_take_fewer_samples(deployed, engine):

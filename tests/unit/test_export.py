@@ -167,7 +167,7 @@ def test_export_of_float_folds_batchnorm_too(tmp_path):
 def test_export_refuses_an_opset_that_it_cannot_write(tmp_path, opset):
     ctx = context(DigitsClassifier(**SMALL), tmp_path)
     with pytest.raises(ConfigError, match=r"export\.opset.*20"):
-        exported(ctx, ExportConfig(opset=opset))
+        exported(ctx, ExportConfig().model_copy(update={"opset": opset}))
 
 
 class Bessel(nn.Module):

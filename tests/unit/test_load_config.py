@@ -1,10 +1,21 @@
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jetway.configs.load import apply_override, load_recipe, load_target, parse_yaml, validate
-from jetway.configs.schema import Recipe
+from jetway.configs import targets as packaged_targets
+from jetway.configs.load import (
+    apply_override,
+    load_recipe,
+    load_target,
+    load_targets,
+    parse_yaml,
+    read_yaml,
+    validate,
+)
+from jetway.configs.schema import Recipe, Target
 from jetway.tasks.errors import ConfigError
 
 MINIMAL = {
@@ -58,6 +69,11 @@ def test_override_reaches_a_nested_key(tmp_path):
             [],
             ["export.opset is 11", "13 or more"],
         ),
+        ({}, ["export.opset=21"], ["export.opset", "21", "less than or equal to 20"]),
+        ({}, ["qat=3"], ["qat: 3 is not allowed", "calibration_samples", "learning_rate"]),
+        ({}, ["train=fast"], ["train: 'fast' is not allowed", "batch_size, epochs"]),
+        ({}, ["benchmark.revision=2"], ["benchmark.revision: unknown key", "min_queries"]),
+        ({}, ["evaluate.revision=2"], ["evaluate.revision: unknown key", "samples"]),
     ],
 )
 def test_bad_recipe_says_file_key_value_and_fix(tmp_path, changes, overrides, fragments):
@@ -75,6 +91,46 @@ def test_unknown_recipe_name_lists_the_known_ones():
 def test_unknown_target_name_lists_the_known_ones():
     with pytest.raises(ConfigError, match="loopback"):
         load_target("lopback")
+
+
+def write_target(folder, stem, **keys):
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{stem}.yaml"
+    path.write_text(yaml.safe_dump({"kind": "loopback", **keys}))
+    return path
+
+
+def test_targets_come_in_the_order_of_their_names(tmp_path):
+    path = write_target(tmp_path / "targets", "board", name="board")
+    near = tmp_path / "recipe.yaml"
+    assert [target.name for target in load_targets(["board", "loopback"], near=near)] == ["board", "loopback"]
+    assert load_targets([str(path)])[0].name == "board"
+
+
+def test_a_target_given_twice_is_refused():
+    with pytest.raises(ConfigError, match="'loopback' and 'loopback' are both the target 'loopback'"):
+        load_targets(["loopback", "loopback"])
+
+
+def test_two_files_of_one_target_name_are_refused(tmp_path):
+    paths = [str(write_target(tmp_path, stem, name="board")) for stem in ("one", "two")]
+    with pytest.raises(ConfigError) as caught:
+        load_targets(paths)
+    for path in paths:
+        assert path in str(caught.value)
+
+
+def test_a_file_found_by_name_must_have_that_name(tmp_path):
+    write_target(tmp_path / "targets", "board", name="other")
+    with pytest.raises(ConfigError, match=r"board\.yaml: its name is 'other'.*'board'"):
+        load_target("board", near=tmp_path / "recipe.yaml")
+
+
+def test_the_example_target_is_valid_and_no_known_name():
+    example = Path(packaged_targets.__file__).parent / "jetson.yaml.example"
+    assert validate(Target, read_yaml(example), source=str(example)).engine == "onnxruntime"
+    with pytest.raises(ConfigError, match="Known names: loopback"):
+        load_target("jetson")
 
 
 @pytest.mark.parametrize("text", ["a: 1\na: 2\n", "a: &x 1\nb: *x\n", "a: [", "\t", "? {}\n: 1\n", "a: 0o9"])
