@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ from jetway.tasks.workload import check_workload
 
 STATE_DICT_SUFFIXES = (".pt", ".pth")
 
+NO_BASELINE = (
+    "workload.checkpoint is not set and there is no train section: there is no baseline. Name a "
+    "checkpoint, or add a train section (an empty one, `train: {}`, trains with its defaults)."
+)
+
 _CONVERT = (
     "Where the file was made, with its own code at hand, run: "
     "safetensors.torch.save_file(network.state_dict(), 'weights.safetensors')."
@@ -50,10 +56,7 @@ def load_baseline(
     if checkpoint is not None:
         return _load_file(context, checkpoint)
     if train_config is None:
-        raise ConfigError(
-            "workload.checkpoint is not set and there is no train section: there is no baseline. Name a "
-            "checkpoint, or add a train section (an empty one, `train: {}`, trains with its defaults)."
-        )
+        raise ConfigError(NO_BASELINE)
     return _train_baseline(context, train_config)
 
 
@@ -103,7 +106,9 @@ def _load_file(context: StageContext, path: Path) -> StageOutput:
 
 def _train_baseline(context: StageContext, config: TrainConfig) -> StageOutput:
     network, workload = context.workload.network(), context.workload
-    result = train(network, workload, config, context=context, data=workload.train_data(), stage="train")
+    shown = copy(context)
+    shown.progress = lambda _, *step: context.progress("load", *step)
+    result = train(network, workload, config, context=shown, data=workload.train_data(), stage="train")
     handle = _save(context, network, CheckpointRecord())
     history = context.store.add_json(result.to_json(), parents=(handle.sha256,))
     return StageOutput(handle=handle, files={"train_history.json": history}, metrics=result.metrics)

@@ -29,6 +29,7 @@ class LowerSection(Section):
 
     engine: EngineName
     calibration_samples: int
+    qat_revision: int
     revision: int = REVISION
 
 
@@ -55,6 +56,11 @@ def lower_onnx(context: StageContext, model: OnnxModel, engine: EngineName, conf
         }
         handle = context.store.add(OnnxModel, path, parents=(model.sha256,), metadata=model.metadata | facts)
     return StageOutput(handle=handle)
+
+
+def lower_section(engine: EngineName, config: QatConfig) -> LowerSection:
+    samples, revision = config.calibration_samples, config.revision
+    return LowerSection(engine=engine, calibration_samples=samples, qat_revision=revision)
 
 
 def needs_lowering(model: OnnxModel, engine: EngineName) -> bool:
@@ -84,5 +90,5 @@ def lower(context: StageContext, model: OnnxModel, engine: EngineName, config: Q
         "lower",
         lambda ctx: lower_onnx(ctx, model, engine, config),
         inputs=[model],
-        section=LowerSection(engine=engine, calibration_samples=config.calibration_samples),
+        section=lower_section(engine, config),
     )

@@ -167,6 +167,13 @@ def test_a_missing_baseline_is_trained(context):
     assert evaluate(context.workload, network) == output.metrics
 
 
+def test_training_shows_under_the_name_that_it_ends_with(context, monkeypatch):
+    names = set()
+    monkeypatch.setattr(context, "progress", lambda stage, *step: names.add(stage))
+    load.fn(context, None, TrainConfig(epochs=1))
+    assert names == {context.finished[-1].name} == {"load"}
+
+
 def test_the_stage_is_redone_when_the_file_changes_and_only_then(context, network, tmp_path):
     path = tmp_path / "w.safetensors"
     cached = []

@@ -63,6 +63,17 @@ def test_two_inputs_and_two_outputs_have_names(project):
     assert len(evaluate_network(workload, workload.network(), batch_size=2)) == 5
 
 
+def test_integer_outputs_are_scored_as_they_are_and_half_ones_as_float32(project):
+    seen = []
+    workload = load(project("w_dtypes", "return a.bfloat16(), b % 2"), "w_dtypes", count=1)
+    workload.score_sample = lambda outputs, target: seen.append(outputs) or {"top1": 1.0}
+    evaluate_network(workload, workload.network())
+    assert {name: str(array.dtype) for name, array in seen[0].items()} == {
+        "total": "float32",
+        "parity": "int64",
+    }
+
+
 def test_outputs_may_be_a_dict(project):
     workload = load(project("w_dict", "return {'parity': b, 'total': a}"), "w_dict")
     outputs = call_network(workload.network(), workload.example_inputs(), workload.output_names)
