@@ -29,7 +29,7 @@ check: setup
 	"$(BIN)/ruff" format --check .
 	mkdir -p "$(VENV)/typing" && ln -sfn ../.. "$(VENV)/typing/jetway"
 	MYPYPATH="$(VENV)/typing" "$(BIN)/mypy" -p jetway.configs -p jetway.data -p jetway.flows -p jetway.tasks
-	"$(BIN)/vermin" --quiet --no-tips --violations --target=3.6- tasks/on_device
+	"$(BIN)/vermin" --quiet --no-tips --violations --target=3.6- tasks/on_device tasks/package_files
 
 fix: setup
 	"$(BIN)/ruff" check --fix .

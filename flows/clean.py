@@ -16,7 +16,7 @@ from jetway.tasks.tracking.tracker import Tracker
 from jetway.tasks.tracking.values import HOST_TAG, RunRecord
 
 #: Kinds of artifacts that an older run loses in the embedded database: large, and made again by a new run.
-LARGE_KINDS = ("checkpoint", "onnx", "engine", "tensors")
+LARGE_KINDS = ("checkpoint", "onnx", "engine", "tensors", "package")
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,15 @@ class Figure(Handle):
     kind: Literal["figure"] = "figure"
 
 
+class Package(Handle):
+    """A zip file with all that a device needs to run an engine without Jetway."""
+
+    suffix: ClassVar[str] = ".zip"
+    kind: Literal["package"] = "package"
+
+
 AnyHandle = Annotated[
-    Checkpoint | OnnxModel | Engine | Tensors | Report | Figure, Field(discriminator="kind")
+    Checkpoint | OnnxModel | Engine | Tensors | Report | Figure | Package, Field(discriminator="kind")
 ]
 
 

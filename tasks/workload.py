@@ -40,10 +40,12 @@ class Workload(ABC):
     Inputs are named, of any number and dtype; the network is called with them by position, in the order of
     ``example_inputs``. Its outputs (a tensor, a tuple or a dict) take the names in ``output_names``.
     The first of ``metrics`` is the one that stages choose by: early stop, the best epoch, the accuracy drop.
+    ``labels`` name the classes of a classifier, in the order of its outputs, for who runs it on the device.
     """
 
     output_names: tuple[str, ...] = ("output",)
     metrics: tuple[Metric, ...] = (Metric(name="top1"),)
+    labels: tuple[str, ...] = ()
 
     @abstractmethod
     def network(self) -> nn.Module:

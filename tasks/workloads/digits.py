@@ -24,6 +24,7 @@ class DigitsClassifier(Workload):
     metrics = (
         Metric(name="top1", description="share of the evaluation images whose largest logit is right"),
     )
+    labels = tuple("0123456789")
 
     def __init__(self, size: int = 32, widths: tuple[int, int, int] = (48, 96, 192), blocks: int = 2) -> None:
         self.size = size

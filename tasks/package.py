@@ -1,0 +1,227 @@
+"""Stage ``package``: one zip file that runs the winner on its device without Jetway, tried out on the target."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from jetway.configs.schema import Target
+from jetway.tasks.artifacts import Engine, OnnxModel, Package, StageOutput, file_sha256
+from jetway.tasks.errors import RemoteCommandError, TargetUnreachableError, WorkloadError
+from jetway.tasks.remote import RETRIES, RETRY_DELAYS_S, is_unreachable
+from jetway.tasks.stage import StageContext
+from jetway.tasks.target.process import CommandResult, readable
+from jetway.tasks.target.session import TargetSession, open_target
+from jetway.tasks.workload import batches
+
+#: The files that go into every package as they are, and the text of its README.
+SCRIPTS = ("infer.py", "benchmark.sh")
+FILES = Path(__file__).parent / "package_files"
+
+DESCRIPTIONS = {
+    "model.engine": "the engine",
+    "passport.json": "what the engine is, what built it, and the options to load it with",
+    "model.onnx": "the network that the engine was built from",
+    "labels.txt": "the names of the classes, one a line",
+    "infer.py": "runs the engine",
+    "benchmark.sh": "times it",
+    "sample_input.npz": "the first sample of the evaluation data",
+    "expected_output.npz": "what the engine answered to it on this target",
+}
+
+#: Facts of one run about an engine, which are no part of the engine's passport.
+RUN_FACTS = {"remote_path", "reused", "target"}
+
+COMMAND_TIMEOUT_S = 300.0
+TRIAL_RUNS = 20
+
+# Like the first moment that a zip file can name: the same content gives the same bytes.
+ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
+# What a lost connection left behind goes when the next package comes.
+MAKE_FOLDER = """
+mkdir -p -- "$1" && cd -- "$1" || exit
+find . -maxdepth 1 -name "package.??????" -mmin +120 -exec rm -rf {} +
+exec mktemp -d "$(pwd -P)/package.XXXXXX"
+"""
+SAVED = re.compile(r"^saved: sha256 ([0-9a-f]{64}) ", re.MULTILINE)
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def package_winner(
+    context: StageContext, session: TargetSession, engine: Engine, onnx: OnnxModel, *, variant: str = ""
+) -> StageOutput:
+    """Packs the engine with its scripts and a sample, and runs what was packed on the target.
+
+    The expected output is what the packed engine answers on the target itself, as another CPU may round
+    differently. Raises RemoteCommandError when a script fails there, WorkloadError without a first sample.
+    """
+    stage = f"package on {session.target.name}"
+    with context.store.scratch() as scratch:
+        folder = scratch / "package"
+        folder.mkdir()
+        write_files(context, folder, engine, onnx, session.target.name, variant)
+        context.progress(stage, 0, 2, "running the sample")
+        save_expected_output(session, folder)
+        archive = zip_folder(folder)
+        context.progress(stage, 1, 2, "trying the package")
+        verify_package(session, archive)
+        context.progress(stage, 2, 2, "packaged")
+        handle = context.store.add(
+            Package,
+            archive,
+            parents=(engine.sha256, onnx.sha256),
+            metadata={"variant": variant, "target": session.target.name},
+        )
+    return StageOutput(handle=handle)
+
+
+def write_files(
+    context: StageContext, folder: Path, engine: Engine, onnx: OnnxModel, target: str, variant: str
+) -> None:
+    """Everything but the expected output."""
+    passport = {key: value for key, value in engine.metadata.items() if key not in RUN_FACTS}
+    sample = sample_input(context)
+    (folder / "model.engine").write_bytes(context.store.open(engine).read_bytes())
+    (folder / "model.onnx").write_bytes(context.store.open(onnx).read_bytes())
+    (folder / "passport.json").write_text(json.dumps(passport, indent=1, sort_keys=True) + "\n")
+    for name in SCRIPTS:
+        (folder / name).write_bytes((FILES / name).read_bytes())
+    if context.workload.labels:
+        (folder / "labels.txt").write_text("\n".join(context.workload.labels) + "\n", encoding="utf-8")
+    save_arrays(folder / "sample_input.npz", sample)
+    names = [*(path.name for path in folder.iterdir()), "expected_output.npz"]
+    text = describe(passport, sample, f"{variant or 'Engine'} for {target}", names)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def save_arrays(path: Path, arrays: Arrays) -> None:
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # numpy's types take any name for allow_pickle
+
+
+def sample_input(context: StageContext) -> Arrays:
+    """The first of the evaluation data, as many samples as ``example_inputs`` has."""
+    workload = context.workload
+    size = len(next(iter(workload.example_inputs().values())))
+    for inputs, _ in batches(workload, workload.evaluation_data(), size):
+        return {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items()}
+    raise WorkloadError(
+        "evaluation_data of the workload is empty, so a package has no sample. Give it samples."
+    )
+
+
+def describe(passport: Mapping[str, Any], sample: Arrays, title: str, names: list[str]) -> str:
+    """The README of a package."""
+    template = Template((FILES / "README.md.template").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=title,
+        board=passport["board"] or "this machine",
+        architecture=passport["platform"]["architecture"],
+        engine_version=passport["platform"]["engine_version"],
+        files="\n".join(f"| `{name}` | {text} |" for name, text in DESCRIPTIONS.items() if name in names),
+        inputs="\n".join(f"- `{name}`: {array.dtype}{list(array.shape)}" for name, array in sample.items()),
+    )
+
+
+def save_expected_output(session: TargetSession, folder: Path) -> None:
+    """Runs the files so far on the target, and brings what the engine answers into the folder."""
+    with unpacked(session, zip_folder(folder)) as remote:
+        output = f"{remote}/expected_output.npz"
+        result = run_script(session, remote, "infer.py", "--save", output)
+        saved = SAVED.search(result.text)
+        if saved is None:
+            raise RemoteCommandError(
+                f"{session.target.name}: infer.py of the package ended well but did not say what it saved: "
+                f"{result.text[-200:]!r}. Run it there by hand."
+            )
+        session.pull(output, folder / "expected_output.npz", saved[1])
+
+
+def verify_package(session: TargetSession, archive: Path) -> None:
+    """Unpacks a package on the target and runs both of its scripts. Raises RemoteCommandError."""
+    with unpacked(session, archive) as remote:
+        run_script(session, remote, "infer.py", "--check")
+        run_script(session, remote, "benchmark.sh", str(TRIAL_RUNS))
+
+
+@contextmanager
+def unpacked(session: TargetSession, archive: Path) -> Iterator[str]:
+    """A folder on the target with the archive's files, as long as the block lasts."""
+    draft = Package(sha256=file_sha256(archive), size_bytes=archive.stat().st_size)
+    pushed = session.push(draft, archive)
+    made = _run(session, ["sh", "-c", MAKE_FOLDER, "jetway", session.target.work_dir]).text
+    folder = made.splitlines()[-1]
+    try:
+        _run(session, [session.target.python, "-m", "zipfile", "-e", pushed, folder])
+        yield folder
+    finally:
+        _remove(session, folder)
+
+
+def _remove(session: TargetSession, folder: str) -> None:
+    """What the block raised is the news, also when the link to clean up over is gone."""
+    try:
+        _run(session, ["rm", "-rf", "--", folder])
+    except TargetUnreachableError:
+        return
+
+
+def run_script(session: TargetSession, folder: str, name: str, *arguments: str) -> CommandResult:
+    """Runs a script of an unpacked package. Raises RemoteCommandError with what it said when it fails."""
+    python = session.target.python
+    interpreter = [python] if name.endswith(".py") else ["env", f"PYTHON={python}", "sh"]
+    argv = [*interpreter, f"{folder}/{name}", *arguments]
+    result = session.connection.run(argv, timeout_s=COMMAND_TIMEOUT_S, check=False)
+    if result.exit_status != 0:
+        said = readable(result.stderr + result.stdout).strip()
+        raise RemoteCommandError(
+            f"{session.target.name}: {' '.join((name, *arguments))} of the package fails there with exit status "
+            f"{result.exit_status}: {said[-1000:]} The engine itself was built and measured, so compare the "
+            "target's Python with the package's passport.json, and run again.",
+            exit_status=result.exit_status,
+            stderr=readable(result.stderr),
+        )
+    return result
+
+
+def _run(session: TargetSession, argv: list[str]) -> CommandResult:
+    return session.connection.run(argv, timeout_s=COMMAND_TIMEOUT_S)
+
+
+def zip_folder(folder: Path) -> Path:
+    """A zip file of the folder's files, in order of their names. The same files give the same bytes."""
+    archive = folder.with_suffix(".zip")
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(folder.iterdir()):
+            info = zipfile.ZipInfo(path.name, ZIP_EPOCH)
+            info.create_system = 3  # Unix: the bytes and the modes do not depend on the host
+            info.external_attr = (0o100755 if path.name in SCRIPTS else 0o100644) << 16
+            file.writestr(info, path.read_bytes(), zipfile.ZIP_DEFLATED)
+    return archive
+
+
+@task(
+    name="package",
+    task_run_name="package {variant} on {target.name}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAYS_S,
+    retry_condition_fn=is_unreachable,
+)
+def package(
+    context: StageContext, target: Target, engine: Engine, onnx: OnnxModel, *, variant: str
+) -> StageOutput:
+    with context.timed(f"package on {target.name}"), open_target(target) as session:
+        return package_winner(context, session, engine, onnx, variant=variant)
