@@ -220,12 +220,17 @@ def evaluate_network(
             samples = [data[i] for i in range(start, min(start + batch_size, len(data)))]  # type: ignore[arg-type]
             inputs = {name: t.to(device) for name, t in workload.collate(samples)[0].items()}
             outputs = call_network(network, inputs, workload.output_names)
-            arrays = {name: t.float().cpu().numpy() for name, t in outputs.items()}
+            arrays = {name: as_scored(t).cpu().numpy() for name, t in outputs.items()}
             records += [
                 workload.score_sample({name: a[i] for name, a in arrays.items()}, samples[i][1])
                 for i in range(len(samples))
             ]
     return records
+
+
+def as_scored(output: Tensor) -> Tensor:
+    """Half precision as float32, which NumPy can hold; every other dtype as it is, as on the target."""
+    return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
 
 
 def _describe(value: Any) -> str:
