@@ -4,11 +4,12 @@ load ─┬─ analyze
       └─ prune ── finetune ── ptq ── qat                    on the host, reused by content
                       └────────┴──────┴─ export ── verify      for each variant
                                            └─ build ── benchmark ── evaluate    on each target
-                                                            └─ compare ── gate
+                                                            └─ compare ── gate ── package
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,20 +22,25 @@ from jetway.flows.pipeline import Pipeline, open_pipeline
 from jetway.flows.record import Measured, Network, RunResult, conclude, make_rows
 from jetway.flows.server import queue_for
 from jetway.tasks.analyze import analyze
-from jetway.tasks.artifacts import Checkpoint, Engine, OnnxModel, Report
+from jetway.tasks.artifacts import Checkpoint, Engine, OnnxModel, Package, Report
 from jetway.tasks.benchmark import benchmark
 from jetway.tasks.build import build
 from jetway.tasks.compare import compare
 from jetway.tasks.evaluate import evaluate
 from jetway.tasks.export import export
 from jetway.tasks.finetune import finetune
+from jetway.tasks.gates import winner
 from jetway.tasks.load import load
 from jetway.tasks.lower import lower
 from jetway.tasks.measurement import BenchmarkResult, Evaluation
+from jetway.tasks.package import package
 from jetway.tasks.preflight import TargetInfo, preflight
 from jetway.tasks.prune import prune
 from jetway.tasks.qat import ptq, qat
+from jetway.tasks.results import VariantResult
 from jetway.tasks.verify import verify
+
+logger = logging.getLogger("jetway")
 
 
 @flow(name="deploy", flow_run_name="{recipe}", persist_result=False)
@@ -60,7 +66,11 @@ def deploy(
             measured = [collect(session, infos[session.target.name]) for session in sessions]
         rows = [row for one in measured for row in make_rows(run, one, networks)]
         table = run.keep("compare", compare(run.context, rows, run.recipe.gates), Report)
-        return conclude(run, table, measured, networks)
+        result = conclude(run, table, measured, networks)
+        with queue(run.targets):
+            for one in measured:
+                package_for(run, one, [row for row in result.rows if row.target == one.target.name])
+        return result
 
 
 def make_networks(run: Pipeline) -> dict[str, Network]:
@@ -152,3 +162,15 @@ def collect(session: Session, info: TargetInfo) -> Measured:
         benchmark=session.benchmark.result(),
         evaluations={variant: future.result() for variant, future in session.evaluations.items()},
     )
+
+
+def package_for(run: Pipeline, measured: Measured, rows: Sequence[VariantResult]) -> None:
+    """Packages the winner of a target among the run's files, unless no variant may be deployed."""
+    name, best = measured.target.name, winner(rows)
+    if best is None:
+        logger.warning("%s: nothing is packaged, because every variant failed a gate", name)
+        return
+    engine, model = measured.engines[best.variant], measured.models[best.variant]
+    packaged = package(run.context, measured.target, engine, model, variant=best.variant)
+    run.keep(f"targets/{name}/package", packaged, Package)
+    run.tracker.set_tags(run.run_id, {f"package.{name}": best.variant})

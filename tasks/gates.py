@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from jetway.configs.schema import Gate
 from jetway.tasks.errors import ConfigError
-from jetway.tasks.results import TIMING_PREFIXES, GateVerdict, Interval, VariantResult, Verdict
+from jetway.tasks.results import BASELINE, TIMING_PREFIXES, GateVerdict, Interval, VariantResult, Verdict
 
 EXIT_PASSED = 0
 EXIT_GATE_MISSED = 1
@@ -52,6 +53,20 @@ def gates_exit_code(rows: Iterable[VariantResult]) -> int:
     if Verdict.UNKNOWN in verdicts or not all(row.validity.valid for row in rows):
         return EXIT_NO_VERDICT
     return EXIT_PASSED
+
+
+def winner(rows: Iterable[VariantResult]) -> VariantResult | None:
+    """What to deploy of one target's rows: the fastest at the median whose gates did not fail.
+
+    The baseline wins only when nothing else is left; None when every row failed a gate.
+    """
+    candidates = [row for row in rows if all(gate.verdict is not Verdict.FAIL for gate in row.gates)]
+    return min(candidates, key=lambda row: (row.variant == BASELINE, _latency_ms(row)), default=None)
+
+
+def _latency_ms(row: VariantResult) -> float:
+    latency_ms = row.value("latency_ms_p50")
+    return math.inf if latency_ms is None else latency_ms
 
 
 def _verdicts(row: VariantResult, gates: Iterable[Gate]) -> tuple[GateVerdict, ...]:

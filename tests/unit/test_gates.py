@@ -4,7 +4,7 @@ import pytest
 
 from jetway.configs.schema import Gate
 from jetway.tasks.errors import ConfigError
-from jetway.tasks.gates import check_gate_metrics, evaluate_gates, gates_exit_code
+from jetway.tasks.gates import check_gate_metrics, evaluate_gates, gates_exit_code, winner
 from jetway.tasks.metrics import Metric
 from jetway.tasks.results import Interval, Validity, VariantResult, Verdict, metric_names
 
@@ -117,3 +117,18 @@ def test_check_gate_metrics_names_what_there_is(gate: str, message: str) -> None
     known = metric_names([Metric(name="miou")])
     with pytest.raises(ConfigError, match=message):
         check_gate_metrics([Gate.model_validate(gate)], known, ["baseline-fp32", "pruned-fp32"])
+
+
+def judged(variant: str, latency_ms: float | None, *, size_ratio: float = 0.5) -> VariantResult:
+    row = make_row({"latency_ms_p50": latency_ms, "size_ratio": size_ratio}, variant=variant)
+    return evaluate_gates([row], [Gate.model_validate("size_ratio <= 1")])[0]
+
+
+def test_winner_is_the_fastest_that_failed_no_gate() -> None:
+    baseline, pruned = judged("baseline-fp32", 1.0), judged("pruned-fp32", 3.0)
+    quantized, unmeasured = judged("pruned-int8-qat", 2.0), judged("pruned-int8-ptq", None)
+    failed = judged("baseline-int8-ptq", 0.5, size_ratio=2.0)
+    assert winner([baseline, pruned, unmeasured, quantized, failed]) == quantized
+    assert winner([unmeasured, pruned]) == pruned
+    assert winner([failed, baseline]) == baseline
+    assert winner([failed]) is None
