@@ -10,10 +10,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from jetway.configs.load import load_recipe, load_target
+from jetway.configs.load import load_recipe, load_target, load_targets
 from jetway.tasks.errors import JetwayError
+from jetway.tasks.sources import find_workload
 
 INTERRUPTED = 130
 STARTED_S = time.monotonic()
@@ -41,7 +43,9 @@ def _interrupt(signum: int, frame: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    load_recipe(options.recipe, options.set)
+    recipe, path = load_recipe(options.recipe, options.set)
+    load_targets(options.target or recipe.targets, near=path)
+    find_workload(recipe.workload, search_path=[Path.cwd(), path.parent])
     from jetway.flows.server import start_server
 
     server = start_server()
@@ -64,7 +68,7 @@ def without_garbage_collection() -> Iterator[None]:
 
 def check(options: argparse.Namespace) -> int:
     recipe, path = load_recipe(options.recipe, options.set)
-    targets = [load_target(name, near=path) for name in options.target or recipe.targets]
+    targets = load_targets(options.target or recipe.targets, near=path)
     from jetway.flows.check import check_recipe
 
     check_recipe(recipe, path, targets)
@@ -144,7 +148,9 @@ def parser() -> argparse.ArgumentParser:
     command("ui", ui, "open the MLflow and Prefect pages of this machine, until Ctrl-C")
     command("stop", stop, "stop the local Prefect server")
     sub = command("clean", clean, "free the store, keeping what the newest runs need")
-    sub.add_argument("--keep", type=_positive, required=True, metavar="N", help="newest runs to keep whole")
+    sub.add_argument(
+        "--keep", type=_positive_number, required=True, metavar="N", help="newest runs to keep whole"
+    )
     return root
 
 
@@ -173,11 +179,10 @@ def _json_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
+def _positive_number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number, such as 10")
+    return int(text)
 
 
 if __name__ == "__main__":

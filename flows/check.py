@@ -8,19 +8,44 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jetway.configs.schema import Recipe, Target
+from jetway.configs.schema import Precision, Recipe, Stage, Target
 from jetway.flows.pipeline import Observer, make_context
+from jetway.tasks.errors import ConfigError
+from jetway.tasks.load import NO_BASELINE, checkpoint_input
 from jetway.tasks.preflight import TargetInfo, check_target, probe_target
+from jetway.tasks.prune import matching_names, prunable_names
+from jetway.tasks.quantization import matching_modules
 from jetway.tasks.target.session import open_target
 from jetway.tasks.target.trust import fetch_host_key, record_host_key
-from jetway.tasks.workload import check_workload
+from jetway.tasks.workload import Workload, check_workload
 
 
 def check_recipe(recipe: Recipe, path: Path, targets: Sequence[Target]) -> None:
     """Raises what a run would raise before it trains anything."""
-    check_workload(make_context(recipe, path, Observer()).workload)
+    workload = make_context(recipe, path, Observer()).workload
+    check_workload(workload)
+    check_recipe_fits(recipe, path, workload)
     for target in targets:
         check_target(recipe, target, probe(target))
+
+
+def check_recipe_fits(recipe: Recipe, path: Path, workload: Workload) -> None:
+    """Whether there is a baseline to start from, and the recipe's patterns match modules of the network.
+
+    ``path`` is the recipe's file, ``workload`` one that ``check_workload`` has passed. Raises ConfigError.
+    """
+    checkpoint = recipe.workload.checkpoint
+    if checkpoint is not None:
+        checkpoint_input(path.parent / checkpoint)
+    elif recipe.train is None:
+        raise ConfigError(NO_BASELINE)
+    network = workload.network()
+    if any(variant.stage is Stage.PRUNED for variant in recipe.variants):
+        names = prunable_names(network)
+        matching_names(recipe.prune.ignored_layers, names, "prune.ignored_layers")
+        matching_names(recipe.prune.pruning_ratios, names, "prune.pruning_ratios")
+    if any(variant.precision is not Precision.FP32 for variant in recipe.variants):
+        matching_modules(network, recipe.qat.keep_float, key="qat.keep_float")
 
 
 def probe(target: Target) -> TargetInfo:
@@ -58,8 +83,19 @@ def trust_target(target: Target, *, assume_yes: bool) -> int:
     key = fetch_host_key(target)
     print(f"{key.hostname} shows this {key.kind} host key:\n\n    {key.fingerprint}\n")
     print("Compare it with what the device itself says: ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub")
-    if not assume_yes and input("Is it the same? [y/N] ").strip().lower() not in {"y", "yes"}:
-        print("Nothing recorded.")
+    if not assume_yes and not _confirmed("Is it the same? [y/N] "):
         return 3
     print(f"Recorded in {record_host_key(key)}.")
     return 0
+
+
+def _confirmed(question: str) -> bool:
+    try:
+        answer = input(question)
+    except EOFError:
+        print("\nNobody is here to answer, so nothing is recorded: use --yes after comparing.")
+        return False
+    if answer.strip().lower() in {"y", "yes"}:
+        return True
+    print("Nothing recorded.")
+    return False

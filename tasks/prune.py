@@ -95,6 +95,11 @@ def prune_inputs(config: PruneConfig, finetune_config: FinetuneConfig) -> PruneI
     return PruneInputs(prune=config, finetune=finetune_config if between else None)
 
 
+def prunable_names(network: nn.Module) -> list[str]:
+    """What patterns of the prune section may name: modules and parameters."""
+    return [name for name, _ in (*network.named_modules(), *network.named_parameters()) if name]
+
+
 def matching_names(patterns: Iterable[str], names: Sequence[str], key: str) -> dict[str, list[str]]:
     """Names that each pattern matches, with all below them. Raises ConfigError with the nearest names."""
     matches = {pattern: [name for name in names if fnmatchcase(name, pattern)] for pattern in patterns}
@@ -125,7 +130,7 @@ class _Pruner:
         self.ratios_used: list[float] = []
         #: Shares of the MACs that this step's cuts would leave, by their roots and sizes.
         self.tried: dict[tuple[tuple[str, int], ...], float] = {}
-        names = [name for name, _ in (*network.named_modules(), *network.named_parameters()) if name]
+        names = prunable_names(network)
         ignored = matching_names(config.ignored_layers, names, "prune.ignored_layers")
         self.ignored = frozenset(name for found in ignored.values() for name in found)
         own = matching_names(config.pruning_ratios, names, "prune.pruning_ratios")

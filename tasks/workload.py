@@ -6,11 +6,9 @@ its constructor's keyword arguments. Jetway adds nothing to the network and neve
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import json
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from jetway.configs.schema import WorkloadConfig
 from jetway.tasks.artifacts import json_sha256
 from jetway.tasks.errors import ConfigError, WorkloadError
 from jetway.tasks.metrics import Metric
+from jetway.tasks.sources import describe_error, find_workload, source_digests
 
 Inputs = dict[str, Tensor]
 Outputs = dict[str, Tensor]
@@ -133,18 +132,32 @@ def plain_kernels() -> Iterator[None]:
 
 def check_workload(workload: Workload) -> None:
     """Runs the untrained network once on the example inputs. Raises WorkloadError with what is wrong."""
-    try:
-        network = workload.network().eval()
+    name = type(workload).__qualname__
+    with _explained(f"{name}.example_inputs() fails"):
         inputs = workload.example_inputs()
-        with torch.no_grad():
-            call_network(network, inputs, workload.output_names)
+    if not (isinstance(inputs, dict) and inputs and all(isinstance(t, Tensor) for t in inputs.values())):
+        raise WorkloadError(
+            f"{name}.example_inputs() returned {_describe(inputs)}. Return a dict of named tensors, such as "
+            "{'image': torch.zeros(1, 3, 224, 224)}."
+        )
+    shapes = {key: tuple(tensor.shape) for key, tensor in inputs.items()}
+    with _explained(f"{name}.network() fails"):
+        network = workload.network()
+    if not isinstance(network, nn.Module):
+        raise WorkloadError(f"{name}.network() returned {_describe(network)}. Return a torch.nn.Module.")
+    with _explained(f"{name}: its network fails on its own example_inputs {shapes}"), torch.no_grad():
+        call_network(network.eval(), inputs, workload.output_names)
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
     except WorkloadError:
         raise
     except Exception as exc:
-        shapes = {name: tuple(t.shape) for name, t in locals().get("inputs", {}).items()}
         raise WorkloadError(
-            f"{type(workload).__qualname__}: its network fails on its own example_inputs {shapes}: "
-            f"{type(exc).__name__}: {exc}. Make network()(*example_inputs().values()) work, then run again."
+            f"{what}: {describe_error(exc)}. Make network()(*example_inputs().values()) work, then run again."
         ) from exc
 
 
@@ -154,15 +167,14 @@ def load_workload(config: WorkloadConfig, *, search_path: Sequence[Path] = ()) -
     ``search_path`` are folders to look in before the installed packages (the recipe's and the current one).
     Raises ConfigError when it cannot be imported or constructed.
     """
-    with_path(search_path)
+    find_workload(config, search_path=search_path)
     module_name, _, class_name = config.class_path.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as exc:
+    except Exception as exc:
         raise ConfigError(
-            f"workload.class_path: cannot import {module_name!r} ({exc}). Looked in "
-            f"{', '.join(str(p) for p in search_path) or 'the installed packages'}. "
-            "Run jetway from the folder that holds the package, or install it."
+            f"workload.class_path: {module_name!r} fails while it is imported: {describe_error(exc)}. "
+            f"Make `python -c 'import {module_name}'` work, then run again."
         ) from exc
     workload_class = getattr(module, class_name, None)
     if not (inspect.isclass(workload_class) and issubclass(workload_class, Workload)):
@@ -170,29 +182,33 @@ def load_workload(config: WorkloadConfig, *, search_path: Sequence[Path] = ()) -
             f"workload.class_path: {module_name} has no class {class_name!r} that derives from "
             "jetway.tasks.workload.Workload."
         )
+    return _construct(workload_class, config.options)
+
+
+def _construct(workload_class: type[Workload], options: dict[str, Any]) -> Workload:
+    name, signature = workload_class.__qualname__, inspect.signature(workload_class)
     try:
-        workload: Workload = workload_class(**config.options)
+        signature.bind(**options)
     except TypeError as exc:
         raise ConfigError(
-            f"workload.options: {class_name}{inspect.signature(workload_class)} does not take "
-            f"{sorted(config.options)}: {exc}"
+            f"workload.options: {name}{signature} does not take {sorted(options)}: {exc}"
         ) from exc
-    return workload
-
-
-def with_path(search_path: Sequence[Path]) -> None:
-    for folder in reversed(search_path):
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
+    try:
+        return workload_class(**options)
+    except Exception as exc:
+        raise ConfigError(
+            f"workload.options: {name}(**{options}) fails: {describe_error(exc)}. "
+            "Correct the options, or the constructor."
+        ) from exc
 
 
 def workload_digest(workload: Workload, config: WorkloadConfig) -> str:
-    """Digest of what a stage's result depends on: the class, its source file, its options, its revision."""
-    source = Path(inspect.getfile(type(workload))).read_bytes()
+    """Digest of what a stage's result depends on: the class, the project's source files it imports,
+    its options and its revision."""
     return json_sha256(
         {
             "class_path": config.class_path,
-            "source": hashlib.sha256(source).hexdigest(),
+            "sources": source_digests(config.class_path.partition(":")[0]),
             "options": json.loads(json.dumps(config.options, default=str)),
             "revision": config.revision,
         }

@@ -172,7 +172,9 @@ class Tracker:
         fits = ", ".join(run.run_id[:8] for run in found)
         problem = f"{len(found)} runs fit {id_or_prefix!r} ({fits})" if found else f"no run {id_or_prefix!r}"
         newest = ", ".join(f"{run.run_id[:8]} ({run.experiment})" for run in self.pipeline_runs(limit=5))
-        raise TrackingError(f"{problem} in {without_password(self.uri)}. The newest are: {newest or 'none yet'}.")
+        raise TrackingError(
+            f"{problem} in {without_password(self.uri)}. The newest are: {newest or 'none yet'}."
+        )
 
     def newest_run_with(self, path: str) -> RunRecord:
         """The newest finished pipeline run with this file at its top. Raises TrackingError when none has."""

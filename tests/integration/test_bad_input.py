@@ -1,5 +1,10 @@
 """Bad input, each kind: its exit code, a message that names the fix, no traceback, and nothing partial left."""
 
+import io
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -42,6 +47,11 @@ def target_file(project, **keys):
     edit(project, targets=["board"])
 
 
+def append(project, text):
+    path = project / "my_package/my_module.py"
+    path.write_text(f"{path.read_text()}\n{text}\n")
+
+
 # case: (what is done to a good project, exit code, what the message says)
 CASES = {
     "unknown key": (lambda p: edit(p, qat={"epoch": 2}), 2, ["qat.epoch", "Did you mean 'epochs'?"]),
@@ -58,6 +68,20 @@ CASES = {
     "gate on no variant": (lambda p: edit(p, gates=["prund-*: top1 >= 0.5"]), 2, ["prund-*", "pruned-fp32"]),
     "missing checkpoint": (lambda p: edit(p, workload={"checkpoint": "gone.safetensors"}), 2, ["gone.safetensors"]),
     "no checkpoint and no training": (lambda p: edit(p, train=None), 2, ["workload.checkpoint", "train"]),
+    "syntax error in the workload": (lambda p: append(p, "def broken(:"), 2, ["SyntaxError", "my_module.py, line"]),
+    "workload that fails at import": (lambda p: append(p, "1 / 0"), 2, ["ZeroDivisionError", "my_module.py, line"]),
+    "constructor that fails": (
+        lambda p: append(p, "MyWorkload.__init__ = lambda self, width: [][width]"),
+        2, ["IndexError", "my_module.py, line"],
+    ),
+    "example inputs without names": (
+        lambda p: append(p, "MyWorkload.example_inputs = lambda self: torch.zeros(1, 3)"),
+        4, ["example_inputs() returned a Tensor", "dict"],
+    ),
+    "unknown target": (lambda p: edit(p, targets=["bord"]), 2, ["bord", "Known names"]),
+    "kept layer that does not exist": (
+        lambda p: edit(p, qat={"keep_float": ["sixth"]}), 2, ["qat.keep_float", "sixth"],
+    ),
     "forward fails": (
         lambda p: replace(p, "nn.Flatten(), ", ""), 4, ["example_inputs", "MyWorkload"],
     ),
@@ -98,23 +122,85 @@ def leftovers(home):
     return files + [run.run_id for run in tracker.pipeline_runs() if run.status == "RUNNING"]
 
 
-HOSTILE = [
-    "; touch pwned",
-    "$(touch pwned)",
-    "`touch pwned`",
-    "' touch pwned '",
-    "&& touch pwned",
-    "a\ntouch pwned",
-]
+FIELDS_OF_A_TARGET = ("python", "work_dir", "host", "user", "identity_file", "known_hosts")
+FIELDS_OF_A_RECIPE = {
+    "name": lambda text: {"name": text},
+    "class_path": lambda text: {"workload": {"class_path": f"my_package.my_module:{text}"}},
+    "checkpoint": lambda text: {"workload": {"checkpoint": text}},
+    "options": lambda text: {"workload": {"options": {"width": text}}},
+    "ignored_layers": lambda text: {"prune": {"ignored_layers": [text]}},
+    "keep_float": lambda text: {"qat": {"keep_float": [text]}},
+    "gates": lambda text: {"gates": [text]},
+}
 
 
-@pytest.mark.parametrize("value", HOSTILE)
-def test_hostile_strings_reach_no_shell(value, project, jetway_here):
-    """In every string field: refused as config, or carried as data; never run."""
-    target_file(project, kind="loopback", python=value, work_dir=str(project / f"work {value}"))
-    assert jetway_here("check", "my_recipe.yaml", cwd=project).exit_code in {2, 3}
-    for field in ("name", "description"):
-        edit(project, **{field: value})
-    edit(project, workload={"checkpoint": value, "options": {"width": value}})
-    assert jetway_here("check", "my_recipe.yaml", cwd=project).exit_code == 2
-    assert not list(project.rglob("pwned"))
+def payloads(tmp_path):
+    """Each would leave a file if a shell read it, whatever quotes stand around it."""
+    command = f"touch {tmp_path}/pwned"
+    return [
+        f"; {command}",
+        f"$({command})",
+        f"`{command}`",
+        f"' ; {command} '",
+        f'" && {command} "',
+        f"a\n{command}",
+    ]
+
+
+@pytest.mark.parametrize("field", FIELDS_OF_A_TARGET)
+def test_hostile_target_fields_reach_no_shell(field, project, tmp_path, jetway_here, cli_home):
+    """Refused as config, or carried as data; never run."""
+    here = field in {"python", "work_dir"}
+    (project / "targets").mkdir()
+    edit(project, targets=["board"])
+    for text in payloads(tmp_path):
+        place = {"kind": "loopback"} if here else {"host": "127.0.0.1", "port": 9}
+        values = {"name": "board", **place, field: f"{tmp_path}/work{text}" if field == "work_dir" else text}
+        (project / "targets/board.yaml").write_text(yaml.safe_dump(values))
+        check = jetway_here("check", "my_recipe.yaml", cwd=project)
+        # A work folder may have any name.
+        assert check.exit_code in ({0, 2, 3} if field == "work_dir" else {2, 3}), check.stderr
+        assert not pwned(tmp_path, cli_home)
+
+
+@pytest.mark.parametrize("field", FIELDS_OF_A_RECIPE)
+def test_hostile_recipe_fields_reach_no_shell(field, project, tmp_path, jetway_here, cli_home):
+    for text in payloads(tmp_path):
+        edit(project, **FIELDS_OF_A_RECIPE[field](text))
+        check = jetway_here("check", "my_recipe.yaml", cwd=project)
+        assert check.exit_code == (4 if field == "options" else 2), check.stderr
+        assert not pwned(tmp_path, cli_home)
+
+
+def pwned(*folders):
+    """Files that a payload made. A folder of that name is only the end of a hostile work_dir."""
+    return [path for folder in folders for path in folder.rglob("pwned") if path.is_file()]
+
+
+def test_target_whose_python_lacks_the_engine(project, jetway_here):
+    python = Path(sys.base_prefix) / "bin/python3"
+    if subprocess.run([python, "-c", "import onnxruntime"], capture_output=True, check=False).returncode == 0:
+        pytest.skip("needs a Python without onnxruntime: the one that the environment was made of has it")
+    target_file(project, kind="loopback", python=str(python))
+    check = jetway_here("check", "my_recipe.yaml", cwd=project)
+    assert check.exit_code == 3
+    assert "onnxruntime" in check.stderr
+
+
+def test_trust_without_a_terminal_records_nothing(sshd, project, jetway_here, cli_home, monkeypatch):
+    target_file(project, host="127.0.0.1", port=sshd.port, user="nobody")
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    trust = jetway_here("trust", "board", cwd=project)
+    assert trust.exit_code == 3
+    assert "use --yes after comparing" in trust.stdout
+    assert not (cli_home / "known_hosts").exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"targets": ["bord"]}, {"workload": {"class_path": "my_package.gone:MyWorkload"}}]
+)
+def test_what_a_look_can_tell_starts_no_server(changes, project, jetway_here, tmp_path, monkeypatch):
+    edit(project, **changes)
+    monkeypatch.setenv("JETWAY_HOME", str(tmp_path / "fresh"))
+    assert jetway_here("run", "my_recipe.yaml", cwd=project).exit_code == 2
+    assert not (tmp_path / "fresh").exists()

@@ -1,9 +1,12 @@
+import importlib
+
 import pytest
 import torch
 from torch import nn
 
 from jetway.configs.schema import WorkloadConfig
 from jetway.tasks.errors import ConfigError, WorkloadError
+from jetway.tasks.sources import source_digests
 from jetway.tasks.workload import (
     Workload,
     call_network,
@@ -121,6 +124,66 @@ def test_digest_follows_source_options_and_revision(project):
     }
     (folder / "w_digest.py").write_text("# changed")
     assert len(digests | {workload_digest(workload, config)}) == 4
+
+
+def digest_of(folder):
+    config = WorkloadConfig(class_path="w_own.main:Two")
+    return workload_digest(load_workload(config, search_path=[folder]), config)
+
+
+def test_digest_follows_the_modules_that_the_workload_imports(project):
+    folder = project("w_plain")
+    files = {
+        "__init__.py": "", "data.py": "from . import deep", "deep.py": "A = 1", "other.py": "B = 1",
+        "late.py": "C = 1", "main.py": SOURCE.format(forward="import w_own.late; return a + b, b % 2"),
+    }  # fmt: skip
+    (folder / "w_own").mkdir()
+    for name, text in files.items():
+        (folder / "w_own" / name).write_text(text)
+    with (folder / "w_own/main.py").open("a") as file:
+        file.write("from w_own.data import *\n")
+    digests = [digest_of(folder)]
+    for name in ("deep", "late", "__init__"):
+        (folder / f"w_own/{name}.py").write_text("A = 2")
+        digests.append(digest_of(folder))
+    assert len(set(digests)) == 4
+    (folder / "w_own/other.py").write_text("B = 2")
+    importlib.import_module("w_own.other")
+    assert digest_of(folder) == digests[-1]
+
+
+def test_digest_of_a_built_in_workload_covers_its_data_and_no_stage():
+    importlib.import_module("jetway.tasks.workloads.digits")
+    names = set(source_digests("jetway.tasks.workloads.digits"))
+    assert {"jetway.tasks.workloads.digits", "jetway.data.digits"} <= names
+    assert all(name.startswith(("jetway.data", "jetway.tasks.workloads")) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("line", "fragment"),
+    [
+        ("def broken(:", r"SyntaxError: .*w_spoilt_0\.py, line \d+"),
+        ("raise OSError('no disk')", r"OSError: no disk .*w_spoilt_1\.py, line \d+"),
+        ("import w_absent", r"No module named 'w_absent' .*w_spoilt_2\.py, line \d+"),
+        ("Two.__init__ = lambda self: len(3)", r"TypeError: object of type .*w_spoilt_3\.py, line \d+"),
+    ],
+)
+def test_error_in_the_workloads_own_code_names_its_line(project, line, fragment):
+    name = f"w_spoilt_{fragment.partition('spoilt_')[2][0]}"
+    folder = project(name)
+    with (folder / f"{name}.py").open("a") as file:
+        file.write(line + "\n")
+    last = len((folder / f"{name}.py").read_text().splitlines())
+    with pytest.raises(ConfigError, match=fragment.replace(r"\d+", str(last))):
+        load(folder, name)
+
+
+@pytest.mark.parametrize("returned", [torch.zeros(1, 2), {}, {"a": 3}, None, [torch.zeros(1)]])
+def test_example_inputs_must_be_named_tensors(project, returned, monkeypatch):
+    workload = load(project("w_inputs"), "w_inputs")
+    monkeypatch.setattr(workload, "example_inputs", lambda: returned)
+    with pytest.raises(WorkloadError, match=r"example_inputs\(\) returned .*dict of named tensors"):
+        check_workload(workload)
 
 
 def test_default_score_is_top1():
