@@ -19,6 +19,7 @@ from jetway.tasks.errors import RemoteCommandError
 from jetway.tasks.package import package_winner, verify_package, zip_folder
 from jetway.tasks.stage import StageContext
 from jetway.tasks.store import Store
+from jetway.tasks.target.session import open_target
 from jetway.tasks.workload import Workload
 
 pytestmark = pytest.mark.serial
@@ -63,10 +64,16 @@ class AddOffset(nn.Module):
         return self.head(self.conv(image).relu().mean(dim=(2, 3)) + offset[:, None])
 
 
+on_loopback = pytest.mark.parametrize("target", ["loopback"], indirect=True)
+
+
 @pytest.fixture
-def target(target):
+def session(target, agent_folder):
     """With the one Python here that has ONNX Runtime."""
-    return target.model_copy(update={"python": sys.executable})
+    with open_target(
+        target.model_copy(update={"python": sys.executable}), agent_folder=agent_folder
+    ) as session:
+        yield session
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +152,7 @@ def test_package_is_made_and_tried_on_the_target(context, session, engine, onnx,
     assert package_winner(context, session, engine, onnx, variant="pruned-fp32").handle == package
 
 
+@on_loopback
 def test_packaged_files_run_without_jetway(context, unpacked):
     (inputs, _), *_ = context.workload.evaluation_data()
     with torch.no_grad():
@@ -167,6 +175,7 @@ def test_packaged_files_run_without_jetway(context, unpacked):
     assert "latency of 7 runs" in timed.stdout, timed.stderr
 
 
+@on_loopback
 def test_other_output_fails_with_the_largest_error(unpacked):
     with np.load(unpacked / "expected_output.npz") as file:
         np.savez(unpacked / "expected_output.npz", logits=file["logits"] + np.float32([[0, 0.25, 0]]))
