@@ -148,6 +148,19 @@ def test_the_server_outlives_its_clients_and_ends_when_idle_even_after_a_kill(
     assert not Path(f"/proc/{pid}/cmdline").exists() or Path(f"/proc/{pid}/cmdline").read_bytes() == b""
 
 
+def test_a_server_started_in_vain_is_stopped_unless_another_uses_it(tmp_path: Path) -> None:
+    home = tmp_path / "a home"
+    first = start_server(home=home)
+    second = start_server(home=home)
+    first.stop_if_spawned()
+    assert running_server(home=home) is not None
+    second.stop_if_spawned()
+    assert running_server(home=home) is not None
+    assert stop_server(home=home)
+    start_server(home=home).stop_if_spawned()
+    assert running_server(home=home) is None
+
+
 def test_stop_server_ends_one_that_is_still_starting(home: Path) -> None:
     with start_server(home=home):
         pid = state(home)["pid"]
