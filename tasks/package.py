@@ -126,7 +126,7 @@ def describe(passport: Mapping[str, Any], sample: Arrays, title: str, names: lis
     template = Template((FILES / "README.md.template").read_text(encoding="utf-8"))
     return template.substitute(
         title=title,
-        board=passport["board"] or "this machine",
+        board=passport["board"] or passport["cpu"]["model"],
         architecture=passport["platform"]["architecture"],
         engine_version=passport["platform"]["engine_version"],
         files="\n".join(f"| `{name}` | {text} |" for name, text in DESCRIPTIONS.items() if name in names),
