@@ -94,7 +94,7 @@ def check_record(home, document):
     expected = {
         "load/load.safetensors", "analyze/analysis.json", "analyze/analysis.png", "prune/prune.safetensors",
         "finetune/finetune.safetensors", "pruned/qat.safetensors", "pruned-int8-qat/export.onnx",
-        "targets/loopback/samples.safetensors",
+        "targets/loopback/samples.safetensors", "targets/loopback/package.zip",
     }  # fmt: skip
     assert expected <= paths
     for child in children:
