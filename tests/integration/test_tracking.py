@@ -30,10 +30,11 @@ def server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("mlflow")
     port = _free_port(0)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
+    uri = f"sqlite:///{folder / 'server.db'}"
+    command += ["--workers", "1"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
     log = folder / "server.log"
-    with log.open("w") as output, _process(command, output.fileno()) as process:
+    with log.open("w") as output, _process(command, uri, output.fileno()) as process:
         _wait_for(f"http://127.0.0.1:{port}", process, log)
         yield f"http://127.0.0.1:{port}"
 
