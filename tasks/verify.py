@@ -1,7 +1,8 @@
 """Verify: ONNX Runtime's outputs against PyTorch's, on fixed evaluation inputs.
 
-An int8 model is held against the fake-quantized network that it was exported from: as exported, without
-graph optimization, for what the Q/DQ mean; and once lowered, with all of it, for what the target will run.
+An int8 model is held against the fake-quantized network that it was exported from. The flow verifies the
+lowered model, with all graph optimization, which is what the target runs; an exported one can be verified
+too, without optimization, for what its Q/DQ mean.
 """
 
 from __future__ import annotations
