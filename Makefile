@@ -2,6 +2,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Files in their order, which begins with the longest.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test slow-test check fix ui clean bench
 
@@ -17,7 +19,7 @@ demo: setup
 	"$(BIN)/jetway" run digits
 
 test: setup
-	"$(BIN)/python" -m pytest -m "not serial and not slow and not gpu and not device"
+	"$(BIN)/python" -m pytest $(SIDE_BY_SIDE) -m "not serial and not slow and not gpu and not device"
 	"$(BIN)/python" -m pytest -m "serial and not slow and not gpu and not device"
 
 slow-test: setup

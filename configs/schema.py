@@ -27,6 +27,7 @@ class StageSection(Section):
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
 # Text that ends in file names, MLflow tags and log lines.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+POWER_MODE = r"^[A-Za-z0-9][A-Za-z0-9_.+ -]{0,63}$"
 
 
 class WorkloadConfig(StageSection):
@@ -176,6 +177,8 @@ class VerifyConfig(StageSection):
         default=1e-3, ge=0, description="Allowed error as a fraction of the output's largest magnitude."
     )
     rtol: float = Field(default=1e-3, ge=0, description="Allowed error as a fraction of each value.")
+    fp16_atol: float = Field(default=0.01, ge=0, description="atol for fp16 variants.")
+    bf16_atol: float = Field(default=0.05, ge=0, description="atol for bf16 variants.")
     int8_atol: float = Field(default=0.10, ge=0, description="atol for int8 variants.")
     argmax_agreement: Annotated[float, Field(ge=0, le=1)] | None = Field(
         default=None,
@@ -189,9 +192,183 @@ class BuildConfig(StageSection):
     timeout_s: float = Field(default=1800, gt=0, description="Longest build.")
 
 
+FloatType = Literal["fp32", "fp16", "bf16"]
+Shape = tuple[Annotated[int, Field(ge=1)], ...]
+
+
+class ShapeRange(Section):
+    """Shapes of one input that an optimization profile covers; ``opt`` is the one it is tuned for."""
+
+    min: Shape = Field(description="Smallest shape, batch first.")
+    opt: Shape = Field(description="The shape that kernels are chosen for.")
+    max: Shape = Field(description="Largest shape; it decides how much memory the engine takes.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ShapeRange:
+        shapes = (self.min, self.opt, self.max)
+        ordered = len({len(shape) for shape in shapes}) == 1 and all(
+            low <= best <= high for low, best, high in zip(*shapes, strict=True)
+        )
+        if not ordered:
+            raise ValueError("min, opt and max must have as many dimensions, and min <= opt <= max in each")
+        return self
+
+
+class DlaConfig(Section):
+    """The deep-learning accelerator of Xavier and Orin."""
+
+    core: int = Field(default=0, ge=0, le=3, description="Which DLA core.")
+    gpu_fallback: bool = Field(
+        default=True,
+        description="Layers that the DLA cannot run go to the GPU; without it they are an error.",
+    )
+    layers: dict[str, Literal["DLA", "GPU"]] = Field(
+        default_factory=dict, description="Where single layers go, by glob over layer names."
+    )
+
+
+class TensorRtCalibration(Section):
+    """How TensorRT's own calibrator chooses ranges, for int8-calibrated variants."""
+
+    algorithm: Literal["entropy", "minmax"] = Field(
+        default="entropy", description="entropy suits convolutional networks, minmax transformers."
+    )
+    samples: int = Field(default=128, ge=1, description="Samples of the calibration data, at most.")
+
+
+class TensorRtConfig(Section):
+    """What TensorRT is asked for, on every version that has it."""
+
+    tf32: bool = Field(
+        default=False,
+        description="Let fp32 layers use TF32 tensor cores, which keep 10 bits of the mantissa.",
+    )
+    mixed: dict[str, FloatType] = Field(
+        default_factory=dict,
+        description="Layers kept in a higher precision than the variant's, by glob over ONNX node names; the last "
+        "glob that matches decides.",
+    )
+    int8_rest: Literal["fp32", "fp16"] = Field(
+        default="fp32",
+        description="Precision of what is not int8 in an int8 variant. fp16 is faster; from TensorRT 10 on it "
+        "needs export.opset 19 or more.",
+    )
+    quantize_residuals: bool = Field(
+        default=True,
+        description="Let residual adds of int8 variants read the skip's int8 values where there are any.",
+    )
+    profiles: tuple[dict[str, ShapeRange], ...] = Field(
+        default=(),
+        description="Optimization profiles: for each, the shapes of every input with an open dimension.",
+    )
+    workspace_mib: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(4096, 1024, 256),
+        min_length=1,
+        description="Memory for the builder's choice of kernels: the next is tried when memory runs out.",
+    )
+    optimization_level: Annotated[int, Field(ge=0, le=5)] | None = Field(
+        default=None,
+        description="Effort of the builder, 0 to 5; TensorRT's own default otherwise. From 8.6 on.",
+    )
+    timing_cache: bool = Field(
+        default=True, description="Keep kernel timings on the target, so that later builds take less time."
+    )
+    tactic_sources: tuple[str, ...] | None = Field(
+        default=None,
+        description="Libraries whose kernels are tried, such as CUBLAS_LT; TensorRT's own choice otherwise.",
+    )
+    max_aux_streams: int | None = Field(
+        default=None,
+        ge=0,
+        description="Streams for layers side by side; 0 makes layer times add up. From 8.6 on.",
+    )
+    hardware_compatibility: Literal["ampere_plus", "same_compute_capability"] | None = Field(
+        default=None, description="Let the engine run on other GPUs than the target's. From 8.6 on."
+    )
+    version_compatible: bool = Field(
+        default=False, description="Let newer TensorRT versions load the engine. From 8.6 on."
+    )
+    detailed_layers: bool = Field(
+        default=True, description="Keep what the layer table and the int8 report show, inside the engine."
+    )
+    dla: DlaConfig | None = Field(
+        default=None, description="Build fp16 and int8 variants for the DLA; the GPU alone by default."
+    )
+    calibration: TensorRtCalibration = TensorRtCalibration()
+    cuda_graph: bool = Field(
+        default=False, description="Launch the engine as one CUDA graph, which suits small networks."
+    )
+    zero_copy: bool = Field(
+        default=False, description="Share buffers with an integrated GPU instead of copying them."
+    )
+    streams: int = Field(default=1, ge=1, le=16, description="CUDA streams that share the engine.")
+
+    @field_validator("workspace_mib")
+    @classmethod
+    def _descending(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
+        if list(rungs) != sorted(set(rungs), reverse=True):
+            raise ValueError("each rung must be smaller than the one before")
+        return rungs
+
+
+class ThroughputConfig(Section):
+    """The throughput scenario, by trtexec's method: queries in flight, timed by CUDA events."""
+
+    streams: int = Field(default=1, ge=1, le=16, description="Streams that each run queries of their own.")
+    in_flight: int = Field(
+        default=2, ge=1, le=16, description="Queries of one stream that wait or run at once."
+    )
+    cuda_graph: bool = Field(default=False, description="Launch queries as CUDA graphs.")
+    transfers: bool = Field(default=True, description="Copy inputs and outputs of every query.")
+    spin_wait: bool = Field(default=False, description="Wait for the GPU in a busy loop; takes a core.")
+    warmup_ms: float = Field(default=200, ge=0, description="Milliseconds that are not counted.")
+    min_duration_s: float = Field(default=3.0, gt=0, description="Timed seconds of each variant, at least.")
+
+
+class PowerConfig(Section):
+    """The power pass: apart from the timed queries, as reading the sensors takes time."""
+
+    duration_s: float = Field(
+        default=10, gt=0, description="Seconds of back-to-back queries of each variant."
+    )
+    idle_s: float = Field(default=5, gt=0, description="Seconds of rest before, whose power is subtracted.")
+    interval_ms: float = Field(default=100, ge=10, description="Time between two samples.")
+
+
 class BenchmarkConfig(Section):
     """Runs every time: a measurement is never reused."""
 
+    scenarios: tuple[Literal["latency", "throughput"], ...] = Field(
+        default=("latency",),
+        description="latency: one query at a time. throughput: queries in flight, on TensorRT engines.",
+    )
+    throughput: ThroughputConfig = ThroughputConfig()
+    telemetry: bool = Field(
+        default=True, description="Sample temperatures, clocks and memory while the session runs."
+    )
+    power: PowerConfig | None = Field(
+        default=None, description="Measure watts and energy an inference, in a pass of its own."
+    )
+    power_mode: str | None = Field(
+        default=None,
+        pattern=POWER_MODE,
+        description="Power mode by name, such as MAXN; the target's otherwise.",
+    )
+    lock_clocks: bool | None = Field(
+        default=None,
+        description="Hold clocks at their maximum (jetson_clocks); as the target says otherwise.",
+    )
+    keep_loaded: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Hold all engines in memory together (true), or load each for its slices, which is not timed "
+        "(false); auto decides by the memory that there is.",
+    )
+    profile_layers: bool = Field(
+        default=False, description="Time each layer of TensorRT engines, in a pass of its own."
+    )
+    trtexec: bool = Field(
+        default=False, description="Run the target's trtexec on each engine too, and say how far it differs."
+    )
     warmup_runs: int = Field(default=20, ge=1, description="Untimed queries of each variant.")
     min_queries: int = Field(
         default=664, ge=10, description="Timed queries of each variant, at least; 662 is the least for a p99."
@@ -210,6 +387,13 @@ class BenchmarkConfig(Section):
     )
     timeout_s: float = Field(default=1800, gt=0, description="Longest session.")
 
+    @field_validator("scenarios")
+    @classmethod
+    def _with_latency(cls, scenarios: tuple[str, ...]) -> tuple[str, ...]:
+        if "latency" not in scenarios or len(set(scenarios)) < len(scenarios):
+            raise ValueError("latency must be among them, each once: every ratio comes from it")
+        return scenarios
+
 
 class EvaluateConfig(Section):
     """Runs every time: what the target answers is never reused."""
@@ -227,29 +411,99 @@ class Stage(StrEnum):
 
 class Precision(StrEnum):
     FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
     INT8_PTQ = "int8-ptq"
     INT8_QAT = "int8-qat"
+    #: TensorRT's own calibrator: TensorRT 10 and older, and the only int8 of its DLA.
+    INT8_CALIBRATED = "int8-calibrated"
+
+    @property
+    def is_int8(self) -> bool:
+        return self.value.startswith("int8")
+
+    @property
+    def has_quantizers(self) -> bool:
+        """Whether the network itself is fake-quantized, and its ONNX form has Q/DQ."""
+        return self in (Precision.INT8_PTQ, Precision.INT8_QAT)
+
+    @property
+    def exported(self) -> Precision:
+        """What the exporter writes; the rest of the precision comes with lowering or on the target."""
+        return self if self.has_quantizers else Precision.FP32
 
 
-class Variant(Section):
-    """A row of the stage table, written ``pruned-int8-qat``."""
+class EngineName(StrEnum):
+    ONNXRUNTIME = "onnxruntime"
+    TENSORRT = "tensorrt"
 
-    stage: Stage
-    precision: Precision
+
+class Provider(StrEnum):
+    """What ONNX Runtime calls its execution providers."""
+
+    CPU = "CPUExecutionProvider"
+    CUDA = "CUDAExecutionProvider"
+    TENSORRT = "TensorrtExecutionProvider"
+
+
+class Backend(Section):
+    """What builds and runs an engine. ``providers`` is ONNX Runtime's, preferred first."""
+
+    engine: EngineName
+    providers: tuple[Provider, ...] = ()
 
     @property
     def name(self) -> str:
-        return f"{self.stage}-{self.precision}"
+        """``tensorrt``, ``onnxruntime``, or ``onnxruntime-cuda`` where it is not on the CPU."""
+        suffix = {Provider.CUDA: "-cuda", Provider.TENSORRT: "-tensorrt"}
+        return str(self.engine) + "".join(suffix.get(provider, "") for provider in self.providers[:1])
+
+    @property
+    def uses_gpu(self) -> bool:
+        return self.engine is EngineName.TENSORRT or any(p is not Provider.CPU for p in self.providers)
+
+    @property
+    def takes_tensorrt_onnx(self) -> bool:
+        """Whether TensorRT parses the ONNX file, itself or inside ONNX Runtime."""
+        return self.engine is EngineName.TENSORRT or self.providers[:1] == (Provider.TENSORRT,)
+
+
+#: What a variant can name instead of the target's own engine, so that engines compare in one session.
+BACKENDS = {
+    "tensorrt": Backend(engine=EngineName.TENSORRT),
+    "ort-cpu": Backend(engine=EngineName.ONNXRUNTIME, providers=(Provider.CPU,)),
+    "ort-cuda": Backend(engine=EngineName.ONNXRUNTIME, providers=(Provider.CUDA, Provider.CPU)),
+    "ort-tensorrt": Backend(
+        engine=EngineName.ONNXRUNTIME, providers=(Provider.TENSORRT, Provider.CUDA, Provider.CPU)
+    ),
+}
+_ON = "-on-"
+
+
+class Variant(Section):
+    """A row of the stage table, written ``pruned-int8-qat``, or ``pruned-fp16-on-ort-cuda`` with an engine."""
+
+    stage: Stage
+    precision: Precision
+    on: str | None = Field(default=None, description="Key of BACKENDS; the target's own engine by default.")
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}-{self.precision}" + (f"{_ON}{self.on}" if self.on else "")
 
     @model_validator(mode="before")
     @classmethod
     def _parse(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        if value not in VARIANT_NAMES:
-            raise ValueError(f"unknown variant {value!r}; allowed: {', '.join(VARIANT_NAMES)}")
-        stage, _, precision = value.partition("-")
-        return {"stage": stage, "precision": precision}
+        name, _, on = value.partition(_ON)
+        if name not in VARIANT_NAMES or (_ON in value and on not in BACKENDS):
+            raise ValueError(
+                f"unknown variant {value!r}; allowed: {', '.join(VARIANT_NAMES)}, and behind any of them "
+                f"{', '.join(_ON + backend for backend in BACKENDS)}"
+            )
+        stage, _, precision = name.partition("-")
+        return {"stage": stage, "precision": precision, "on": on or None}
 
 
 VARIANT_NAMES = tuple(f"{stage}-{precision}" for stage in Stage for precision in Precision)
@@ -304,6 +558,7 @@ class Recipe(Section):
     export: ExportConfig = ExportConfig()
     verify: VerifyConfig = VerifyConfig()
     build: BuildConfig = BuildConfig()
+    tensorrt: TensorRtConfig = TensorRtConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     variants: tuple[Variant, ...] = Field(
@@ -330,18 +585,32 @@ class Recipe(Section):
         return variants
 
     @model_validator(mode="after")
+    def _measured_gates(self) -> Recipe:
+        asked = {
+            "in_flight_": (
+                "benchmark.scenarios: [latency, throughput]",
+                "throughput" in self.benchmark.scenarios or self.benchmark.trtexec,
+            ),
+            "trtexec_": ("benchmark.trtexec: true", self.benchmark.trtexec),
+            **dict.fromkeys(
+                ("power_w_", "energy_", "inferences_per_joule"),
+                ("benchmark.power: {}", self.benchmark.power is not None),
+            ),
+        }
+        for gate in self.gates:
+            for prefix, (key, measured) in asked.items():
+                if gate.metric.startswith(prefix) and not measured:
+                    raise ValueError(f"the gate {gate.name!r} needs what {key} would measure")
+        return self
+
+    @model_validator(mode="after")
     def _int8_opset(self) -> Recipe:
-        int8 = any(variant.precision != Precision.FP32 for variant in self.variants)
+        int8 = any(variant.precision.has_quantizers for variant in self.variants)
         if int8 and self.export.opset < 13:
             raise ValueError(
                 f"export.opset is {self.export.opset}, but int8 variants need 13 or more (per-channel Q/DQ)"
             )
         return self
-
-
-class EngineName(StrEnum):
-    ONNXRUNTIME = "onnxruntime"
-    TENSORRT = "tensorrt"
 
 
 class Target(Section):
@@ -378,7 +647,22 @@ class Target(Section):
         default="jetway", min_length=1, description="Folder on the target, absolute or in the user's home."
     )
     engine: EngineName = Field(
-        default=EngineName.ONNXRUNTIME, description="What builds and runs the engines."
+        default=EngineName.ONNXRUNTIME,
+        description="What builds and runs the engines of variants that name none themselves.",
+    )
+    providers: tuple[Provider, ...] = Field(
+        default=(Provider.CPU,),
+        min_length=1,
+        description="ONNX Runtime's execution providers, preferred first. For engine: onnxruntime.",
+    )
+    power_mode: str | None = Field(
+        default=None,
+        pattern=POWER_MODE,
+        description="Power mode of benchmarks by name, such as MAXN or 15W; whatever is set by default. "
+        "Needs sudo without a password.",
+    )
+    lock_clocks: bool = Field(
+        default=False, description="Hold clocks at their maximum while benchmarks run (jetson_clocks)."
     )
     orphan_grace_s: float = Field(
         default=30, ge=5, le=3600, description="A job whose host stays silent this long ends itself."
@@ -388,3 +672,18 @@ class Target(Section):
     )
     min_free_disk_mib: int = Field(default=512, ge=0, description="Free disk that preflight asks for.")
     min_free_memory_mib: int = Field(default=256, ge=0, description="Free memory that preflight asks for.")
+
+    @property
+    def own_backend(self) -> Backend:
+        """The engine of variants that name none."""
+        providers = self.providers if self.engine is EngineName.ONNXRUNTIME else ()
+        return Backend(engine=self.engine, providers=providers)
+
+    @property
+    def leased_engine(self) -> EngineName:
+        """The engine whose accelerator its jobs lease: TensorRT's, which is the GPU, wherever one is used."""
+        return EngineName.TENSORRT if self.own_backend.uses_gpu else EngineName.ONNXRUNTIME
+
+    def backend(self, variant: Variant) -> Backend:
+        """The engine of this variant here."""
+        return BACKENDS[variant.on] if variant.on else self.own_backend

@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
@@ -35,6 +34,8 @@ class Digits(Dataset[tuple[dict[str, Tensor], int]]):
     """One split, scaled from 8×8 to ``size``×``size``; images are float32 [1, size, size] with mean 0, deviation 1."""
 
     def __init__(self, split: Split, size: int, augmentation: Augmentation | None = None) -> None:
+        from sklearn.datasets import load_digits  # takes a second, which a run that reuses everything saves
+
         images, labels = load_digits(return_X_y=True)
         chosen = split_indices(labels)[split]
         pixels = torch.from_numpy(images[chosen]).float().reshape(-1, 1, 8, 8) / 16

@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from jetway.configs.load import load_recipe, load_target, load_targets
-from jetway.tasks.errors import JetwayError
+from jetway.flows import STARTED_S
+from jetway.tasks.errors import ConfigError, JetwayError
 from jetway.tasks.sources import find_workload
 
 INTERRUPTED = 130
-STARTED_S = time.monotonic()
+LONGEST_SOAK_MINUTES = 7 * 24 * 60
+
+
+def command() -> None:
+    """The process of the ``jetway`` command."""
+    ending = Ending()
+    try:
+        ending.code = main()
+    except SystemExit as exc:  # argparse's
+        ending.code = int(exc.code or 0)
+
+
+class Ending:
+    """Ends the process once every exit handler has run: taking the modules apart takes a second or two."""
+
+    code = 1
+
+    def __init__(self) -> None:
+        atexit.register(self.leave)  # the first to be registered is the last to run
+
+    def leave(self) -> None:
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(self.code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,6 +94,12 @@ def without_garbage_collection() -> Iterator[None]:
 def check(options: argparse.Namespace) -> int:
     recipe, path = load_recipe(options.recipe, options.set)
     targets = load_targets(options.target or recipe.targets, near=path)
+    if options.deployed:
+        from jetway.flows.deployed import check_deployed
+
+        return check_deployed(recipe, path, targets, soak_minutes=options.soak)
+    if options.soak is not None:
+        raise ConfigError("--soak tests what is deployed: give --deployed as well.")
     from jetway.flows.check import check_recipe
 
     check_recipe(recipe, path, targets)
@@ -82,6 +113,13 @@ def probe(options: argparse.Namespace) -> int:
 
     print_target(target, as_json=options.json)
     return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    target = load_target(options.target)
+    from jetway.flows.doctor import run_doctor
+
+    return run_doctor(target, as_json=options.json, report=options.report)
 
 
 def show(options: argparse.Namespace) -> int:
@@ -134,8 +172,28 @@ def parser() -> argparse.ArgumentParser:
     _json_argument(sub)
     sub = command("check", check, "validate a recipe against its targets, without training anything")
     _recipe_arguments(sub)
+    sub.add_argument(
+        "--deployed",
+        action="store_true",
+        help="check on its targets what the recipe's newest run deployed there",
+    )
+    sub.add_argument(
+        "--soak",
+        type=_minutes,
+        metavar="MINUTES",
+        help="with --deployed: run the engine for so long and watch it",
+    )
     sub = command("probe", probe, "print what a target is and can do")
     sub.add_argument("target", help="name of a target, or its YAML file")
+    _json_argument(sub)
+    sub = command("doctor", doctor, "try a target out with tiny networks in every precision it has")
+    sub.add_argument("target", help="name of a target, or its YAML file")
+    sub.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="where the report goes; jetway-doctor-TARGET.md by default",
+    )
     _json_argument(sub)
     sub = command("show", show, "print the stage table of a finished run")
     sub.add_argument("run", help="MLflow run id or the start of one, or 'latest'")
@@ -185,5 +243,15 @@ def _positive_number(text: str) -> int:
     return int(text)
 
 
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes <= LONGEST_SOAK_MINUTES:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes up to a week, such as 10 or 0.5")
+    return minutes
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

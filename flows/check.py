@@ -8,15 +8,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jetway.configs.schema import Precision, Recipe, Stage, Target
+from jetway.configs.schema import EngineName, Precision, Recipe, Stage, Target
 from jetway.flows.pipeline import Observer, make_context
+from jetway.tasks.contract import Contract, contract_of
 from jetway.tasks.errors import ConfigError
+from jetway.tasks.export import onnx_node_names
 from jetway.tasks.load import NO_BASELINE, checkpoint_input
-from jetway.tasks.preflight import TargetInfo, check_target, probe_target
+from jetway.tasks.lowering.for_tensorrt import check_patterns
+from jetway.tasks.preflight import check_target, probe_target
 from jetway.tasks.prune import matching_names, prunable_names
 from jetway.tasks.quantization import matching_modules
+from jetway.tasks.requirements import profile_problems
 from jetway.tasks.target.session import open_target
 from jetway.tasks.target.trust import fetch_host_key, record_host_key
+from jetway.tasks.target_info import EngineInfo, TargetInfo
 from jetway.tasks.workload import Workload, check_workload
 
 
@@ -44,8 +49,14 @@ def check_recipe_fits(recipe: Recipe, path: Path, workload: Workload) -> None:
         names = prunable_names(network)
         matching_names(recipe.prune.ignored_layers, names, "prune.ignored_layers")
         matching_names(recipe.prune.pruning_ratios, names, "prune.pruning_ratios")
-    if any(variant.precision is not Precision.FP32 for variant in recipe.variants):
+    if any(variant.precision.has_quantizers for variant in recipe.variants):
         matching_modules(network, recipe.qat.keep_float, key="qat.keep_float")
+    if recipe.tensorrt.mixed:
+        check_patterns(recipe.tensorrt.mixed, onnx_node_names(workload, recipe.export))
+    shapes = {name: tuple(tensor.shape) for name, tensor in workload.example_inputs().items()}
+    problems = list(profile_problems(recipe, shapes))
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def probe(target: Target) -> TargetInfo:
@@ -74,8 +85,44 @@ def facts(info: TargetInfo) -> Iterator[tuple[str, str]]:
     yield "memory", f"{info.memory_mib.available or 0:.0f} of {info.memory_mib.total or 0:.0f} MiB available"
     yield "disk", f"{info.free_disk_mib:.0f} MiB free in the work folder"
     for name, engine in info.engines.items():
-        opset = f", ONNX opset up to {engine.max_opset}" if engine.max_opset else ""
-        yield name, f"{engine.version}{opset}" if engine.available else f"not there: {engine.reason}"
+        yield name, _engine_words(engine)
+    if info.engines[EngineName.TENSORRT].available:
+        yield from _contract_facts(info, contract_of(info))
+
+
+def _engine_words(engine: EngineInfo) -> str:
+    if not engine.available:
+        return f"not there: {engine.reason}"
+    opset = f", ONNX opset up to {engine.max_opset}" if engine.max_opset else ""
+    providers = f", {', '.join(engine.providers)}" if engine.providers else ""
+    return f"{engine.version}{' (a test double: it builds nothing)' * engine.double}{opset}{providers}"
+
+
+def _contract_facts(info: TargetInfo, contract: Contract) -> Iterator[tuple[str, str]]:
+    """What TensorRT can do there; a fact from a table says where the table has it from."""
+    if info.jetpack:
+        yield "JetPack", info.jetpack
+    elif contract.jetpack:
+        yield "JetPack", f"{contract.jetpack.name} ({contract.jetpack.source})"
+    if contract.parser:
+        yield "ONNX opset", f"up to {contract.parser.max_opset} ({contract.parser.source})"
+    yield "precisions", ", ".join(p for p in Precision if p not in contract.refused)
+    for precision, reason in contract.refused.items():
+        yield f"not {precision}", reason
+    yield "DLA cores", str(contract.dla_cores)
+    yield "trtexec", info.trtexec or "not there"
+    if info.power and info.power.total:
+        yield (
+            "power",
+            f"{', '.join(info.power.rails) or 'the graphics card'}; of the whole: {info.power.total}",
+        )
+    elif contract.board and contract.board.rails:
+        total = f", of which {contract.board.total_rail} is all" if contract.board.total_rail else ""
+        yield "power rails", f"{', '.join(contract.board.rails)}{total}"
+    if info.power_modes:
+        yield "power modes", f"{', '.join(info.power_modes)}; {info.power_mode} is set"
+    elif contract.board:
+        yield "power modes", f"{', '.join(contract.board.power_modes)} ({contract.board.source})"
 
 
 def trust_target(target: Target, *, assume_yes: bool) -> int:

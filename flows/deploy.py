@@ -10,14 +10,15 @@ load ─┬─ analyze
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from prefect import flow
 from prefect.futures import PrefectFuture
 
-from jetway.configs.schema import EngineName, Precision, Stage, Target
+from jetway.configs.schema import Backend, EngineName, Precision, Stage, Target, Variant
 from jetway.flows.pipeline import Pipeline, open_pipeline
 from jetway.flows.record import Measured, Network, RunResult, conclude, make_rows
 from jetway.flows.server import queue_for
@@ -34,13 +35,16 @@ from jetway.tasks.load import load
 from jetway.tasks.lower import lower
 from jetway.tasks.measurement import BenchmarkResult, Evaluation
 from jetway.tasks.package import package
-from jetway.tasks.preflight import TargetInfo, preflight
+from jetway.tasks.preflight import preflight
 from jetway.tasks.prune import prune
 from jetway.tasks.qat import ptq, qat
 from jetway.tasks.results import VariantResult
+from jetway.tasks.target_info import TargetInfo
 from jetway.tasks.verify import verify
 
 logger = logging.getLogger("jetway")
+
+Models = dict[tuple[Backend, Variant], OnnxModel]
 
 
 @flow(name="deploy", flow_run_name="{recipe}", persist_result=False)
@@ -55,19 +59,13 @@ def deploy(
     with open_pipeline(recipe, targets, overrides or []) as run:
         infos = {target.name: preflight(run.context, target, run.recipe) for target in run.targets}
         networks = make_networks(run)
-        models = {
-            engine: {
-                variant: make_model(run, variant, network, engine) for variant, network in networks.items()
-            }
-            for engine in {target.engine for target in run.targets}
-        }
+        models = make_models(run, networks)
         with queue(run.targets):
-            sessions = [submit_session(run, target, models[target.engine]) for target in run.targets]
+            sessions = [submit_session(run, target, models) for target in run.targets]
             measured = [collect(session, infos[session.target.name]) for session in sessions]
-        rows = [row for one in measured for row in make_rows(run, one, networks)]
-        table = run.keep("compare", compare(run.context, rows, run.recipe.gates), Report)
-        result = conclude(run, table, measured, networks)
-        with queue(run.targets):
+            rows = [row for one in measured for row in make_rows(run, one, networks)]
+            table = run.keep("compare", compare(run.context, rows, run.recipe.gates), Report)
+            result = conclude(run, table, measured, networks)
             for one in measured:
                 package_for(run, one, [row for row in result.rows if row.target == one.target.name])
         return result
@@ -79,39 +77,57 @@ def make_networks(run: Pipeline) -> dict[str, Network]:
     baseline = run.keep("load", load(context, run.checkpoint, recipe.train), Checkpoint)
     analysis = analyze(context, baseline, recipe.analyze)
     run.keep("analyze", analysis, Report)
-    networks = quantize(run, Stage.BASELINE, Network.of(baseline, analysis), baseline)
+    networks = {Stage.BASELINE: quantize(run, Stage.BASELINE, Network.of(baseline, analysis), baseline)}
     if run.variants(Stage.PRUNED):
         pruning = prune(context, baseline, recipe.prune, recipe.finetune)
         pruned = run.keep("prune", pruning, Checkpoint)
         tuned = run.keep("finetune", finetune(context, pruned, recipe.finetune, baseline), Checkpoint)
-        networks |= quantize(run, Stage.PRUNED, Network.of(tuned, pruning), baseline)
-    return {variant.name: networks[variant.name] for variant in recipe.variants}
+        networks[Stage.PRUNED] = quantize(run, Stage.PRUNED, Network.of(tuned, pruning), baseline)
+    return {variant.name: networks[variant.stage][variant.precision] for variant in recipe.variants}
 
 
-def quantize(run: Pipeline, stage: Stage, network: Network, teacher: Checkpoint) -> dict[str, Network]:
-    """The variants of one float network, by name: itself, PTQ, and QAT, which goes on from PTQ."""
+def quantize(run: Pipeline, stage: Stage, network: Network, teacher: Checkpoint) -> dict[Precision, Network]:
+    """The network of each precision: the float one itself, PTQ, and QAT, which goes on from PTQ."""
     wanted = {variant.precision for variant in run.variants(stage)}
-    networks = {f"{stage}-{Precision.FP32}": network}
-    if wanted - {Precision.FP32}:
+    networks = dict.fromkeys(wanted, network)
+    if any(precision.has_quantizers for precision in wanted):
         calibrated = run.keep(
             f"{stage}/ptq", ptq(run.context, network.checkpoint, run.recipe.qat), Checkpoint
         )
-        networks[f"{stage}-{Precision.INT8_PTQ}"] = network.quantized(calibrated)
+        networks[Precision.INT8_PTQ] = network.quantized(calibrated)
     if Precision.INT8_QAT in wanted:
         trained = run.keep(f"{stage}/qat", qat(run.context, calibrated, run.recipe.qat, teacher), Checkpoint)
-        networks[f"{stage}-{Precision.INT8_QAT}"] = network.quantized(trained)
+        networks[Precision.INT8_QAT] = network.quantized(trained)
     return networks
 
 
-def make_model(run: Pipeline, variant: str, network: Network, engine: EngineName) -> OnnxModel:
+def make_models(run: Pipeline, networks: Mapping[str, Network]) -> Models:
+    """The ONNX file of each variant for each engine that the targets run it with, made once."""
+    wanted = {(target.backend(v), v): None for target in run.targets for v in run.recipe.variants}
+    engines: dict[Variant, int] = Counter(variant for _, variant in wanted)
+    return {
+        (backend, variant): make_model(
+            run,
+            variant,
+            networks[variant.name],
+            backend,
+            folder=variant.name if engines[variant] == 1 else f"{variant.name}/{backend.name}",
+        )
+        for backend, variant in wanted
+    }
+
+
+def make_model(
+    run: Pipeline, variant: Variant, network: Network, backend: Backend, *, folder: str
+) -> OnnxModel:
     """The ONNX file of a variant as an engine wants it, verified against PyTorch."""
-    context, recipe = run.context.labelled(variant), run.recipe
-    precision = run.variant(variant).precision
-    exported = export(context, network.checkpoint, recipe.export, precision)
-    model = run.keep(f"{variant}/export", exported, OnnxModel)
-    lowered = run.keep(f"{variant}/lower", lower(context, model, engine, recipe.qat), OnnxModel)
+    context, recipe, precision = run.context.labelled(variant.name), run.recipe, variant.precision
+    exported = export(context, network.checkpoint, recipe.export, precision.exported)
+    model = run.keep(f"{variant.name}/export", exported, OnnxModel)
+    form = lower(context, model, backend, precision, recipe.qat, recipe.tensorrt)
+    lowered = run.keep(f"{folder}/lower", form, OnnxModel)
     parity = verify(context, network.checkpoint, lowered, recipe.verify, precision)
-    run.keep(f"{variant}/verify", parity, Report)
+    run.keep(f"{folder}/verify", parity, Report)
     return lowered
 
 
@@ -135,12 +151,16 @@ class Session:
     evaluations: dict[str, PrefectFuture[Evaluation]]
 
 
-def submit_session(run: Pipeline, target: Target, models: dict[str, OnnxModel]) -> Session:
+def submit_session(run: Pipeline, target: Target, models: Models) -> Session:
     """Builds side by side, then one benchmark session of all engines, then their evaluations."""
     context, recipe = run.context, run.recipe
+    backends = {variant.name: target.backend(variant) for variant in recipe.variants}
+    own = {variant.name: models[target.backend(variant), variant] for variant in recipe.variants}
     engines = {
-        variant: build.submit(context, target, model, recipe.build, variant=variant)
-        for variant, model in models.items()
+        name: build.submit(
+            context, target, model, recipe.build, recipe.tensorrt, backend=backends[name], variant=name
+        )
+        for name, model in own.items()
     }
     timed = benchmark.submit(context, target, engines, recipe.benchmark, return_state=False)
     evaluations = {
@@ -149,7 +169,7 @@ def submit_session(run: Pipeline, target: Target, models: dict[str, OnnxModel]) 
         )
         for variant, engine in engines.items()
     }
-    return Session(target, models, engines, timed, evaluations)
+    return Session(target, own, engines, timed, evaluations)
 
 
 def collect(session: Session, info: TargetInfo) -> Measured:
@@ -171,6 +191,9 @@ def package_for(run: Pipeline, measured: Measured, rows: Sequence[VariantResult]
         logger.warning("%s: nothing is packaged, because every variant failed a gate", name)
         return
     engine, model = measured.engines[best.variant], measured.models[best.variant]
+    if engine.metadata["platform"]["engine"] != EngineName.ONNXRUNTIME:
+        logger.warning("%s: %s is not packaged: packages run ONNX Runtime engines so far", name, best.variant)
+        return
     packaged = package(run.context, measured.target, engine, model, variant=best.variant)
     run.keep(f"targets/{name}/package", packaged, Package)
     run.tracker.set_tags(run.run_id, {f"package.{name}": best.variant})

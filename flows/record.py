@@ -12,13 +12,16 @@ from jetway.configs.schema import Target, Variant
 from jetway.flows.pipeline import Pipeline
 from jetway.tasks.artifacts import Checkpoint, Engine, OnnxModel, Report, StageOutput
 from jetway.tasks.gates import gates_exit_code
+from jetway.tasks.int8_report import int8_reports, report_markdown
+from jetway.tasks.layer_table import layers_csv
 from jetway.tasks.measurement import BenchmarkResult, Evaluation
 from jetway.tasks.metrics import Metric
-from jetway.tasks.preflight import TargetInfo
+from jetway.tasks.passes import dla_layers_ratio, read_series
 from jetway.tasks.results import VariantResult, Verdict, drop_name, load_rows
 from jetway.tasks.stage import stage_seed
 from jetway.tasks.statistics import paired_drop
 from jetway.tasks.table import stage_table_markdown
+from jetway.tasks.target_info import TargetInfo
 from jetway.tasks.tracking.values import flat_params
 
 #: The run's result as JSON, among its artifacts.
@@ -78,24 +81,28 @@ def make_row(
     run: Pipeline, measured: Measured, variant: Variant, network: Network, baseline: Sequence[Any]
 ) -> VariantResult:
     engine, evaluation = measured.engines[variant.name], measured.evaluations[variant.name]
-    session = measured.benchmark.variants[variant.name]
+    session = measured.benchmark
+    spans = session.variants[variant.name].intervals()
     return VariantResult(
         variant=variant.name,
         target=measured.target.name,
         precision=variant.precision,
-        engine=measured.target.engine,
+        engine=measured.target.backend(variant).name,
         board=measured.info.machine,
+        simulated=session.simulated or measured.info.is_simulated,
         metrics={
             "params": network.params,
             "macs": network.macs,
             "size_bytes": float(engine.size_bytes),
             "build_s": engine.metadata["build_s"],
-            "integer_macs_ratio": engine.metadata["integer_macs_ratio"],
-            **session.metrics(),
+            "integer_macs_ratio": engine.metadata.get("integer_macs_ratio"),
+            "dla_layers_ratio": dla_layers_ratio(engine.metadata),
+            **session.metrics(variant.name),
             **evaluation.metrics,
         },
-        intervals={**session.intervals(), **drop_intervals(run, baseline, records_of(run, evaluation))},
-        validity=measured.benchmark.validity,
+        intervals={**spans, **drop_intervals(run, baseline, records_of(run, evaluation))},
+        validity=session.validity,
+        notes=session.notes(variant.name),
     )
 
 
@@ -138,7 +145,8 @@ def conclude(
                 log_row(run, one, row, networks[row.variant])
     heading = f"{run.recipe.description}\n\n" if run.recipe.description else ""
     run.tracker.describe(run.run_id, heading + stage_table_markdown(rows, metrics))
-    run.tracker.set_tags(run.run_id, {"gate": worst_gate(rows), "validity": validity_of(rows)})
+    simulated = {"simulated": "true"} if any(row.simulated for row in rows) else {}
+    run.tracker.set_tags(run.run_id, {"gate": worst_gate(rows), "validity": validity_of(rows), **simulated})
     result = RunResult(run_id=run.run_id, exit_code=exit_code, rows=tuple(rows), task_metrics=tuple(metrics))
     run.tracker.log_json(run.run_id, RESULT_PATH, result.model_dump(mode="json"))
     return result
@@ -150,6 +158,35 @@ def log_session(run: Pipeline, measured: Measured) -> None:
     run.tracker.log_json(run.run_id, f"{folder}/target.json", measured.info.model_dump(mode="json"))
     run.tracker.log_json(run.run_id, f"{folder}/benchmark.json", measured.benchmark.model_dump(mode="json"))
     run.log_files(run.run_id, {f"{folder}/samples.safetensors": measured.benchmark.samples})
+    log_telemetry(run, measured, folder)
+    log_layers(run, measured, folder)
+
+
+def log_telemetry(run: Pipeline, measured: Measured, folder: str) -> None:
+    """The sensors' samples: all of them as files, and as many as a chart shows as time series."""
+    for path, told in (("telemetry", measured.benchmark.telemetry), ("power", measured.benchmark.power)):
+        if told is None:
+            continue
+        run.log_files(run.run_id, {f"{folder}/{path}.safetensors": told.samples})
+        times_s, columns = read_series(run.context.store.open(told.samples))
+        # the power pass has everything again, on a machine that it heats
+        named = {
+            f"{measured.target.name}.{name}": values
+            for name, values in columns.items()
+            if path == "telemetry" or name.startswith("power_w.")
+        }
+        run.tracker.log_time_series(run.run_id, times_s, named)
+
+
+def log_layers(run: Pipeline, measured: Measured, folder: str) -> None:
+    """A table of layers for each engine that has them, and what int8 lost against fp16."""
+    for variant, layers in measured.benchmark.layers.items():
+        run.tracker.log_text(run.run_id, f"{folder}/layers/{variant}.csv", layers_csv(layers))
+    where = f"{measured.target.name}: {measured.info.machine}"
+    for report in int8_reports(run.recipe.variants, measured.benchmark.layers):
+        path = f"{folder}/int8_report/{report.int8}"
+        run.tracker.log_text(run.run_id, f"{path}.md", report_markdown(report, where=where))
+        run.tracker.log_json(run.run_id, f"{path}.json", report.to_json())
 
 
 def log_row(run: Pipeline, measured: Measured, row: VariantResult, network: Network) -> None:
@@ -161,6 +198,7 @@ def log_row(run: Pipeline, measured: Measured, row: VariantResult, network: Netw
         "target": row.target,
         "engine": row.engine,
         "board": row.board,
+        **({"simulated": "true"} if row.simulated else {}),
         "validity": validity_of([row]),
         "gate": worst_gate([row]),
     }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from pydantic import BaseModel
 
-from jetway.configs.schema import BenchmarkConfig, BuildConfig, Target
+from jetway.configs.schema import BenchmarkConfig, BuildConfig, Target, TensorRtConfig
 from jetway.tasks.artifacts import Engine, Tensors
 from jetway.tasks.canary import canary_inputs, canary_onnx
 from jetway.tasks.measurement import (
@@ -18,6 +19,7 @@ from jetway.tasks.measurement import (
     measure_variants,
     read_samples,
 )
+from jetway.tasks.passes import InFlight, PowerPass, Telemetry
 from jetway.tasks.remote import (
     RETRIES,
     RETRY_DELAYS_S,
@@ -31,6 +33,8 @@ from jetway.tasks.remote import (
 from jetway.tasks.results import Validity
 from jetway.tasks.stage import StageContext, stage_seed
 from jetway.tasks.target.session import TargetSession, open_target
+
+P = TypeVar("P", bound=BaseModel)
 
 CANARY = "canary"
 # Share of the time limit after which a session closes with what it has, and says so, rather than be killed.
@@ -55,7 +59,8 @@ def benchmark_engines(
         timeout_s=config.timeout_s,
         on_progress=relay(context.progress, stage_name(session.target.name)),
     )
-    samples = _pull_samples(context, session, engines, result["samples"])
+    parents = tuple(engine.sha256 for engine in engines.values())
+    samples = _pull(context, session, result["samples"], parents)
     return _measure(context, session, tuple(engines), samples, result)
 
 
@@ -68,9 +73,11 @@ def _request(
 ) -> dict[str, Any]:
     inputs = push_handle(context, session, example_inputs(context), stage=stage_name(session.target.name))
     threads = next(iter(engines.values())).metadata["threads"]
-    limits = config.model_dump(mode="json", exclude={"timeout_s"})
+    target = session.target
     return {
-        **limits,
+        **config.model_dump(mode="json", exclude={"timeout_s"}),
+        "power_mode": config.power_mode or target.power_mode,
+        "lock_clocks": target.lock_clocks if config.lock_clocks is None else config.lock_clocks,
         "engines": [_entry(engine, inputs, name) for name, engine in engines.items()],
         "canary": _canary_entry(context, session, threads),
         "max_duration_s": config.timeout_s * SESSION_SHARE,
@@ -95,19 +102,31 @@ def _canary_entry(context: StageContext, session: TargetSession, threads: int) -
         canary_onnx(context.store),
         inputs,
         BuildConfig(threads=threads),
+        TensorRtConfig(),
+        session.target.own_backend,
         stage=stage,
     )
     return _entry(engine, push_handle(context, session, inputs, stage=stage), CANARY)
 
 
-def _pull_samples(
-    context: StageContext, session: TargetSession, engines: Mapping[str, Engine], remote: Mapping[str, Any]
+def _pull(
+    context: StageContext, session: TargetSession, remote: Mapping[str, Any], parents: tuple[str, ...] = ()
 ) -> Tensors:
+    """A file of arrays from the target, kept in the store."""
     with context.store.scratch() as folder:
-        path = folder / "samples.safetensors"
+        path = folder / "pulled.safetensors"
         stage = stage_name(session.target.name)
         pull_file(context, session, remote["path"], path, sha256=remote["sha256"], stage=stage)
-        return context.store.add(Tensors, path, parents=tuple(engine.sha256 for engine in engines.values()))
+        return context.store.add(Tensors, path, parents=parents)
+
+
+def _with_samples(
+    model: type[P], context: StageContext, session: TargetSession, told: Mapping[str, Any] | None
+) -> P | None:
+    """What a pass told of its sensors, with the file of their samples; None without one."""
+    if not told or not told.get("samples"):
+        return None
+    return model.model_validate({**told, "samples": _pull(context, session, told["samples"])})
 
 
 def _measure(
@@ -143,6 +162,16 @@ def _measure(
         machine_before=MachineState.model_validate(result["machine_before"]),
         machine_after=MachineState.model_validate(result["machine_after"]),
         boot_id=result["boot_id"],
+        simulated=result.get("simulated", False),
+        batch_size=batch_size,
+        in_flight={
+            name: InFlight.model_validate(found) for name, found in (result.get("throughput") or {}).items()
+        },
+        power=_with_samples(PowerPass, context, session, result.get("power")),
+        power_mode=result.get("power_mode"),
+        trtexec=result.get("trtexec") or {},
+        layers=result.get("layers") or {},
+        telemetry=_with_samples(Telemetry, context, session, result.get("telemetry")),
     )
 
 

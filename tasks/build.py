@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from jetway.configs.schema import BuildConfig, Target
+from jetway.configs.schema import Backend, BuildConfig, Target, TensorRtConfig
 from jetway.tasks.artifacts import Engine, OnnxModel
 from jetway.tasks.remote import (
     RETRIES,
@@ -19,16 +19,31 @@ from jetway.tasks.target.session import TargetSession, open_target
 
 
 def build_engine(
-    context: StageContext, session: TargetSession, onnx: OnnxModel, config: BuildConfig, *, variant: str = ""
+    context: StageContext,
+    session: TargetSession,
+    onnx: OnnxModel,
+    config: BuildConfig,
+    tensorrt: TensorRtConfig | None = None,
+    *,
+    backend: Backend | None = None,
+    variant: str = "",
 ) -> Engine:
     """Builds, loads and runs the engine once on the target; its passport is the handle's metadata.
 
-    An engine that the target made earlier from the same ONNX file, with the same options, engine version and
-    CPU, is used again when it still matches its passport; a raised ``revision`` builds anew. Raises BuildError
-    with its cause.
+    ``backend`` is the target's own unless given, ``tensorrt`` the defaults of that section. An engine that the
+    target made earlier from the same ONNX file, with the same options, on the same machine, is used again when
+    it still matches its passport; a raised ``revision`` builds anew. Raises BuildError with its cause.
     """
-    stage = stage_name(variant, session.target.name)
-    return build_on_target(context, session, onnx, example_inputs(context), config, stage=stage)
+    return build_on_target(
+        context,
+        session,
+        onnx,
+        example_inputs(context),
+        config,
+        tensorrt or TensorRtConfig(),
+        backend or session.target.own_backend,
+        stage=stage_name(variant, session.target.name),
+    )
 
 
 def stage_name(variant: str, target: str) -> str:
@@ -45,7 +60,14 @@ def stage_name(variant: str, target: str) -> str:
     retry_condition_fn=is_unreachable,
 )
 def build(
-    context: StageContext, target: Target, onnx: OnnxModel, config: BuildConfig, *, variant: str
+    context: StageContext,
+    target: Target,
+    onnx: OnnxModel,
+    config: BuildConfig,
+    tensorrt: TensorRtConfig,
+    *,
+    backend: Backend,
+    variant: str,
 ) -> Engine:
     with context.timed(stage_name(variant, target.name)), open_target(target) as session:
-        return build_engine(context, session, onnx, config, variant=variant)
+        return build_engine(context, session, onnx, config, tensorrt, backend=backend, variant=variant)

@@ -8,6 +8,7 @@ The same checkpoint gives the same bytes.
 from __future__ import annotations
 
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,14 @@ def export_onnx(
     return StageOutput(handle=handle)
 
 
+def onnx_node_names(workload: Workload, config: ExportConfig) -> list[str]:
+    """Names of the nodes that any network of the workload is exported with: they follow its modules."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        _write(workload.network(), workload, config, path)
+        return [str(node.name) for node in onnx.load(path, load_external_data=False).graph.node]
+
+
 @task(name="export", cache_policy=NO_CACHE, persist_result=False)
 def export(
     context: StageContext, checkpoint: Checkpoint, config: ExportConfig, precision: Precision
@@ -100,7 +109,7 @@ class _Named(nn.Module):
 
 
 def _check_opset(config: ExportConfig, precision: Precision) -> None:
-    least = 11 if precision is Precision.FP32 else _MIN_INT8_OPSET
+    least = _MIN_INT8_OPSET if precision.has_quantizers else 11
     if not least <= config.opset <= MAX_OPSET:
         raise ConfigError(
             f"export.opset is {config.opset}; {precision} can be exported with {least} to {MAX_OPSET}. "

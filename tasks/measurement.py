@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.numpy import load_file
 
 from jetway.tasks.artifacts import SCHEMA_VERSION, Report, Tensors
+from jetway.tasks.layer_table import Layer
+from jetway.tasks.passes import InFlight, PowerPass, Telemetry, trtexec_ratio
 from jetway.tasks.results import Interval, Validity
 from jetway.tasks.statistics import (
     Integers,
@@ -87,6 +90,10 @@ class VariantMeasurement(_Value):
         description="Peak of a process that only runs the engine: interpreter, runtime, engine and buffers."
     )
     engine_memory_mib: float | None = Field(description="What loading and running the engine added to it.")
+    device_memory_mib: float | None = Field(
+        default=None,
+        description="What it added on the GPU, whose memory may be the host's; None without one.",
+    )
     drift_ratio: float = Field(description="Change against the canary, first third of the session to last.")
     p50_ratio: Ratio
 
@@ -101,6 +108,7 @@ class VariantMeasurement(_Value):
             "latency_ms_stdev": self.latency.stdev_ms,
             "throughput_samples_per_s": self.throughput_samples_per_s,
             "peak_memory_mib": self.peak_memory_mib,
+            "device_memory_mib": self.device_memory_mib,
             "latency_p50_ratio": self.p50_ratio.value,
         }
 
@@ -132,6 +140,7 @@ class BenchmarkResult(_Value):
     target: str
     variants: dict[str, VariantMeasurement] = Field(description="In the recipe's order, the reference first.")
     validity: Validity
+    simulated: bool = Field(default=False, description="No real device: its figures say nothing of one.")
     samples: Tensors = Field(
         description="NAME.latency_ns (int64) and NAME.round (int32) of every timed query."
     )
@@ -148,6 +157,48 @@ class BenchmarkResult(_Value):
     machine_before: MachineState
     machine_after: MachineState
     boot_id: str
+    batch_size: int = Field(default=1, description="Samples of one query.")
+    in_flight: dict[str, InFlight] = Field(
+        default_factory=dict, description="Scenario throughput, by variant."
+    )
+    power: PowerPass | None = None
+    power_mode: dict[str, Any] | None = Field(
+        default=None, description="The power mode and clocks that were asked for, found, set and put back."
+    )
+    trtexec: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="The target's trtexec on the same engines, by variant."
+    )
+    layers: dict[str, tuple[Layer, ...]] = Field(
+        default_factory=dict, description="Layers of TensorRT engines with their times, by variant."
+    )
+    telemetry: Telemetry | None = None
+
+    def metrics(self, variant: str) -> dict[str, float | None]:
+        """Of one variant, by the names that the stage table and MLflow use."""
+        in_flight = self.in_flight.get(variant)
+        power = self.power.variants.get(variant) if self.power else None
+        return {
+            **self.variants[variant].metrics(),
+            **(in_flight.metrics(self.batch_size) if in_flight else {}),
+            **(power.metrics() if power else {}),
+            "trtexec_gpu_compute_ratio": trtexec_ratio(in_flight, self.trtexec.get(variant, {})),
+        }
+
+    def notes(self, variant: str) -> tuple[str, ...]:
+        """What a reader of the variant's figures should know, and why asked-for ones are missing."""
+        in_flight, failed = self.in_flight.get(variant), self.trtexec.get(variant, {}).get("failed")
+        return (
+            *(self.power.notes(variant) if self.power else ()),
+            *(f"in flight: {warning}" for warning in (in_flight.warnings if in_flight else ())),
+            *([f"no cross-check, trtexec failed: {failed}"] if failed else ()),
+            *(self.telemetry.notes if self.telemetry else ()),
+            *self._left_behind(),
+        )
+
+    def _left_behind(self) -> list[str]:
+        """What the session could not put back on the board."""
+        restored = (self.power_mode or {}).get("restored", True)
+        return [] if restored is True else [f"the power mode or the clocks are not as before: {restored}"]
 
 
 class Evaluation(_Value):
@@ -193,6 +244,7 @@ def measure_variants(
             throughput_samples_per_s=latency.count * batch_size / latency.timed_s,
             peak_memory_mib=memory[name]["peak"],
             engine_memory_mib=memory[name]["engine"],
+            device_memory_mib=memory[name].get("device"),
             drift_ratio=drift_ratios[name],
             p50_ratio=Ratio(value=value, interval=interval),
         )

@@ -3,76 +3,23 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel, ConfigDict, Field
 
 from jetway.configs.schema import EngineName, Precision, Recipe, Target
+from jetway.tasks.contract import BF16_OPSET, contract_of
 from jetway.tasks.errors import TargetMismatchError
 from jetway.tasks.remote import RETRY_DELAYS_S, is_unreachable
+from jetway.tasks.requirements import engine_problems, power_mode_problems, power_problems, trtexec_problems
 from jetway.tasks.stage import StageContext
 from jetway.tasks.target.session import TargetSession, open_target
+from jetway.tasks.target_info import TargetInfo
 
 logger = logging.getLogger("jetway")
 
 OLDEST_PYTHON = (3, 6)
 PROBE_TIMEOUT_S = 60.0
-
-
-class _Facts(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class CpuInfo(_Facts):
-    model: str
-    architecture: str
-    instruction_sets: tuple[str, ...]
-    int8_instruction_sets: tuple[str, ...] = Field(
-        description="Those that multiply int8 and add in one step (VNNI, AMX, dot product)."
-    )
-
-
-class EngineInfo(_Facts):
-    """An engine on the target, or the reason why it is not there."""
-
-    available: bool
-    version: str | None = None
-    providers: tuple[str, ...] = ()
-    max_opset: int | None = None
-    reason: str = ""
-
-
-class MemoryInfo(_Facts):
-    total: float | None
-    available: float | None
-
-
-class TargetInfo(_Facts):
-    """What ``probe`` found. Memory and disk are in MiB; what could not be read is None."""
-
-    schema_version: int
-    hostname: str
-    os: str
-    kernel: str
-    python: str
-    board: str | None
-    l4t: str | None
-    boot_id: str
-    cpu: CpuInfo
-    cores: int
-    memory_mib: MemoryInfo
-    free_disk_mib: float
-    frequencies_mhz: dict[str, Any]
-    accelerators: dict[str, str]
-    engines: dict[str, EngineInfo]
-
-    @property
-    def machine(self) -> str:
-        """The board or the CPU, with what it has for int8."""
-        int8 = ", ".join(self.cpu.int8_instruction_sets) or "no int8 instructions"
-        return f"{self.board or self.cpu.model} ({self.cpu.architecture}, {self.cores} cores, {int8})"
 
 
 def probe_target(session: TargetSession) -> TargetInfo:
@@ -84,19 +31,38 @@ def check_target(recipe: Recipe, target: Target, info: TargetInfo) -> None:
     """Raises TargetMismatchError with all that stands in the recipe's way, each with the key to change."""
     problems = [
         *_python_problems(target, info),
-        *_engine_problems(recipe, target, info),
+        *engine_problems(recipe, target, info),
+        *power_mode_problems(recipe, target, info),
+        *power_problems(recipe, info),
+        *trtexec_problems(recipe, info),
         *_room_problems(target, info),
         *_thread_problems(recipe, info),
     ]
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in problems)
         raise TargetMismatchError(f"Target {target.name} ({info.machine}) cannot run this recipe:{lines}")
-    if _has_int8(recipe) and not info.cpu.int8_instruction_sets:
+    for warning in doubts(recipe, target, info):
+        logger.warning("%s: %s", target.name, warning)
+    on_cpu = target.engine is EngineName.ONNXRUNTIME
+    if on_cpu and _has_int8(recipe) and not info.cpu.int8_instruction_sets:
         logger.warning("%s has no int8 instructions: int8 variants may be slower than fp32.", target.name)
 
 
+def doubts(recipe: Recipe, target: Target, info: TargetInfo) -> list[str]:
+    """What may fail there, and no document says that it does."""
+    own = [v for v in recipe.variants if target.backend(v).engine is EngineName.TENSORRT]
+    parser = contract_of(info).parser
+    bf16 = any(variant.precision is Precision.BF16 for variant in own)
+    if not bf16 or parser is None or parser.max_opset >= BF16_OPSET:
+        return []
+    return [
+        f"bf16 models are written in ONNX opset {BF16_OPSET}, and the parser of this TensorRT is known to take "
+        f"{parser.max_opset} ({parser.source}). If their build fails, use fp16."
+    ]
+
+
 def _has_int8(recipe: Recipe) -> bool:
-    return any(variant.precision is not Precision.FP32 for variant in recipe.variants)
+    return any(variant.precision.has_quantizers for variant in recipe.variants)
 
 
 def _python_problems(target: Target, info: TargetInfo) -> list[str]:
@@ -105,20 +71,6 @@ def _python_problems(target: Target, info: TargetInfo) -> list[str]:
     return [
         f"python: {target.python} is Python {info.python}; 3.6 is the oldest that works. Name a newer one."
     ]
-
-
-def _engine_problems(recipe: Recipe, target: Target, info: TargetInfo) -> list[str]:
-    if target.engine is not EngineName.ONNXRUNTIME:
-        return [f"engine: {target.engine} engines are not built by this version. Set engine: onnxruntime."]
-    engine = info.engines[target.engine]
-    if not engine.available:
-        return [f"engine: {target.engine} is not there for {target.python}. {engine.reason}"]
-    if engine.max_opset is not None and recipe.export.opset > engine.max_opset:
-        return [
-            f"export.opset: {recipe.export.opset} is too new for onnxruntime {engine.version}, which takes "
-            f"up to {engine.max_opset}. Set export.opset={engine.max_opset}, or install a newer one."
-        ]
-    return []
 
 
 def _room_problems(target: Target, info: TargetInfo) -> list[str]:

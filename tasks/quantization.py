@@ -133,7 +133,7 @@ def load_quantized_network(workload: Workload, checkpoint: Checkpoint, store: St
 
 def load_variant(workload: Workload, checkpoint: Checkpoint, precision: Precision, store: Store) -> nn.Module:
     """The network of a checkpoint, fake-quantized for an int8 precision."""
-    load = load_network if precision is Precision.FP32 else load_quantized_network
+    load = load_quantized_network if precision.has_quantizers else load_network
     return load(workload, checkpoint, store)
 
 

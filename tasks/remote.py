@@ -11,8 +11,10 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 from safetensors.torch import save_file
 
-from jetway.configs.schema import BuildConfig
+from jetway.configs.schema import Backend, BuildConfig, Precision, TensorRtConfig
 from jetway.tasks.artifacts import Engine, Handle, OnnxModel, Tensors
+from jetway.tasks.calibration import calibration_batches
+from jetway.tasks.engine_options import engine_options
 from jetway.tasks.errors import TargetUnreachableError
 from jetway.tasks.stage import Progress, StageContext, seed_everything, stage_seed
 from jetway.tasks.target.session import TargetSession
@@ -95,14 +97,21 @@ def build_on_target(
     onnx: OnnxModel,
     inputs: Tensors,
     config: BuildConfig,
+    tensorrt: TensorRtConfig,
+    backend: Backend,
     *,
     stage: str,
 ) -> Engine:
     """Builds the ONNX file on the target, or finds what an earlier build made of it, and pulls the engine.
 
-    The engine's metadata is its passport, plus ``remote_path``, ``reused`` and ``target``.
+    The ONNX handle's metadata says its ``precision``, fp32 without that. The engine's metadata is its passport, plus
+    ``remote_path``, ``reused`` and ``target``.
     """
+    precision = Precision(onnx.metadata.get("precision", Precision.FP32))
+    batches = _push_calibration(context, session, precision, tensorrt, stage=stage)
     request = {
+        "engine": str(backend.engine),
+        "options": engine_options(backend, precision, tensorrt, batches),
         "onnx": push_handle(context, session, onnx, stage=stage),
         "onnx_sha256": onnx.sha256,
         "inputs": push_handle(context, session, inputs, stage=stage),
@@ -114,6 +123,21 @@ def build_on_target(
         "build", request, timeout_s=config.timeout_s, on_progress=relay(context.progress, stage)
     )
     return _pull_engine(context, session, onnx, result, stage=stage)
+
+
+def _push_calibration(
+    context: StageContext,
+    session: TargetSession,
+    precision: Precision,
+    config: TensorRtConfig,
+    *,
+    stage: str,
+) -> list[str]:
+    """Paths on the target of the batches that TensorRT's own calibrator reads; none for other precisions."""
+    if precision is not Precision.INT8_CALIBRATED:
+        return []
+    batches = calibration_batches(context.workload, config.calibration.samples)
+    return [push_handle(context, session, save_inputs(context, batch), stage=stage) for batch in batches]
 
 
 def _pull_engine(

@@ -29,8 +29,23 @@ MEASURED_METRICS = (
     "latency_ms_stdev",
     "throughput_samples_per_s",
     "peak_memory_mib",
+    "device_memory_mib",
     "build_s",
     "integer_macs_ratio",
+    "dla_layers_ratio",
+    # queries in flight (scenario throughput), which says nothing of the time that one query takes alone
+    "in_flight_samples_per_s",
+    "in_flight_latency_ms_p50",
+    "in_flight_latency_ms_p99",
+    "in_flight_gpu_compute_ms_p50",
+    "trtexec_gpu_compute_ratio",
+    # of the power pass
+    "power_w_mean",
+    "power_w_peak",
+    "power_w_idle",
+    "energy_mj_per_inference",
+    "energy_above_idle_mj_per_inference",
+    "inferences_per_joule",
 )
 #: Ratios to baseline-fp32 on the same target, and the metric that each divides.
 RATIO_METRICS = {
@@ -40,7 +55,15 @@ RATIO_METRICS = {
     "latency_p50_ratio": "latency_ms_p50",
 }
 #: Prefixes of what a benchmark session measures; an invalid session says nothing about these.
-TIMING_PREFIXES = ("latency_", "throughput_")
+TIMING_PREFIXES = (
+    "latency_",
+    "throughput_",
+    "in_flight_",
+    "trtexec_",
+    "power_",
+    "energy_",
+    "inferences_per_joule",
+)
 
 
 class Verdict(StrEnum):
@@ -83,11 +106,13 @@ class VariantResult(_Value):
     precision: str
     engine: str
     board: str = Field(description="The machine, named as its probe names it.")
+    simulated: bool = Field(default=False, description="No real device: its figures say nothing of one.")
     metrics: dict[str, float | None] = Field(default_factory=dict)
     intervals: dict[str, Interval] = Field(
         default_factory=dict, description="95 % intervals (low, high) by metric name."
     )
     validity: Validity = Validity()
+    notes: tuple[str, ...] = Field(default=(), description="What else a reader of the figures should know.")
     gates: tuple[GateVerdict, ...] = ()
 
     def value(self, metric: str) -> float | None:

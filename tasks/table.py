@@ -26,6 +26,8 @@ class Column(NamedTuple):
     #: Terminal width from which on the column is shown.
     min_width: int = 0
     justify: Any = "right"
+    #: Metric without which, in every row, the column is left out.
+    needs: str | None = None
 
 
 def stage_table(
@@ -35,26 +37,32 @@ def stage_table(
 
     Under a value stands what it is against baseline-fp32 on the same target, and that figure's 95 % interval.
     """
-    columns = [column for column in _columns(metrics) if column.min_width <= width]
+    columns = [column for column in _columns(metrics, rows) if column.min_width <= width]
     return Group(*(_target_table(columns, group) for group in _by_target(rows)))
 
 
 def table_notes(rows: Sequence[VariantResult]) -> list[str]:
-    """One line for each invalid measurement and each gate that did not pass, to print under the table."""
-    notes = []
+    """Lines to print under the table: invalid measurements, notes, and each gate that did not pass.
+
+    What holds for several variants of a target, as a session that was disturbed does, is said once.
+    """
+    said: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        name = f"{row.variant} on {row.target}"
-        if not row.validity.valid:
-            notes.append(f"{name}: INVALID measurement: {'; '.join(row.validity.reasons)}")
-        for gate in row.gates:
-            if not gate.passed:
-                notes.append(f"{name}: gate {gate.verdict}: {gate.name}, measured {_evidence(gate)}")
-    return notes
+        for text in _notes_of(row):
+            said.setdefault((row.target, text), []).append(row.variant)
+    return [f"{', '.join(variants)} on {target}: {text}" for (target, text), variants in said.items()]
+
+
+def _notes_of(row: VariantResult) -> list[str]:
+    invalid = [] if row.validity.valid else [f"INVALID measurement: {'; '.join(row.validity.reasons)}"]
+    missed = [gate for gate in row.gates if not gate.passed]
+    gates = [f"gate {gate.verdict}: {gate.name}, measured {_evidence(gate)}" for gate in missed]
+    return [*invalid, *row.notes, *gates]
 
 
 def stage_table_markdown(rows: Sequence[VariantResult], metrics: Sequence[Metric]) -> str:
     """The same table in Markdown, for a run's description and a README; one table a target."""
-    columns = _columns(metrics)
+    columns = _columns(metrics, rows)
     parts = []
     for group in _by_target(rows):
         titles = [column.title for column in columns]
@@ -96,9 +104,11 @@ def human_bytes(value: float | None) -> str:
     return _scaled(value, (" B", " kB", " MB", " GB", " TB"))
 
 
-def _columns(metrics: Sequence[Metric]) -> list[Column]:
+def _columns(metrics: Sequence[Metric], rows: Sequence[VariantResult]) -> list[Column]:
+    """The columns that every table has, and those of what some row has measured."""
     first, *others = metrics
-    return [
+    measured = {name for row in rows for name in row.measured()}
+    columns = [
         Column("variant", lambda row: row.variant, justify="left"),
         Column("params", _of("params", human_count), _ratio("params_ratio"), 110),
         Column("MACs", _of("macs", human_count), _ratio("macs_ratio"), 80),
@@ -107,12 +117,25 @@ def _columns(metrics: Sequence[Metric]) -> list[Column]:
         Column("p90 ms", _of("latency_ms_p90"), min_width=116),
         Column("p99 ms", _of("latency_ms_p99"), min_width=90),
         Column("samples/s", _of("throughput_samples_per_s"), min_width=110),
+        _if_measured("in flight/s", "in_flight_samples_per_s"),
+        _if_measured("W", "power_w_mean"),
+        _if_measured("mJ", "energy_mj_per_inference"),
         Column("MiB", _of("peak_memory_mib"), min_width=110),
         Column(first.name, _of(first.name, _fraction), _drop(first)),
         *[Column(m.name, _of(m.name, _fraction), _drop(m), 130) for m in others],
-        Column("valid", lambda row: "yes" if row.validity.valid else "NO", justify="left"),
+        Column("valid", _validity, justify="left"),
         Column("gates", _gates, justify="left"),
     ]
+    return [column for column in columns if column.needs is None or column.needs in measured]
+
+
+def _if_measured(title: str, metric: str) -> Column:
+    return Column(title, _of(metric), min_width=100, needs=metric)
+
+
+def _validity(row: VariantResult) -> str:
+    valid = "yes" if row.validity.valid else "NO"
+    return f"{valid}, simulated" if row.simulated else valid
 
 
 def _target_table(columns: Sequence[Column], group: Sequence[VariantResult]) -> Table:
@@ -211,7 +234,8 @@ def _by_target(rows: Sequence[VariantResult]) -> list[list[VariantResult]]:
 
 
 def _where(group: Sequence[VariantResult]) -> str:
-    return f"{group[0].target}: {group[0].engine} on {group[0].board}"
+    engines = ", ".join(dict.fromkeys(row.engine for row in group))
+    return f"{group[0].target}: {engines} on {group[0].board}"
 
 
 def _line(cells: Sequence[str]) -> str:

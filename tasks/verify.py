@@ -1,8 +1,9 @@
 """Verify: ONNX Runtime's outputs against PyTorch's, on fixed evaluation inputs.
 
 An int8 model is held against the fake-quantized network that it was exported from. The flow verifies the
-lowered model, with all graph optimization, which is what the target runs; an exported one can be verified
-too, without optimization, for what its Q/DQ mean.
+lowered model: one for ONNX Runtime's CPU kernels with all graph optimization, which is what the target runs, any
+other without, for what its Q/DQ and casts mean. ONNX Runtime has no bfloat16 kernels for a CPU, so a bf16 model is
+run in float32 with every result rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from jetway.configs.schema import Precision, VerifyConfig
+from jetway.configs.schema import BACKENDS, Precision, VerifyConfig
 from jetway.tasks.artifacts import Checkpoint, OnnxModel, StageOutput
 from jetway.tasks.errors import ExportError, ParityError
-from jetway.tasks.onnx_graph import Array
+from jetway.tasks.lowering.float_types import emulate_bf16
+from jetway.tasks.onnx_graph import Array, Graph
 from jetway.tasks.quantization import load_variant
 from jetway.tasks.stage import StageContext, run_stage
 from jetway.tasks.workload import Inputs, Workload, call_network
 
 Outputs = dict[str, Array]
+CPU = BACKENDS["ort-cpu"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Limits:
 
     @classmethod
     def of(cls, config: VerifyConfig, precision: Precision) -> Limits:
-        atol = config.atol if precision is Precision.FP32 else config.int8_atol
+        atols = {Precision.FP16: config.fp16_atol, Precision.BF16: config.bf16_atol}
+        atol = config.int8_atol if precision.has_quantizers else atols.get(precision, config.atol)
         return cls(atol, config.rtol, config.argmax_agreement)
 
 
@@ -138,18 +142,28 @@ def verify(
 def _session(path: Path, model: OnnxModel, precision: Precision, threads: int) -> Any:
     levels = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
-    as_target = precision is Precision.FP32 or "lowered_for" in model.metadata
+    as_target = model.metadata.get("lowered_for", None if precision.has_quantizers else "") in ("", CPU.name)
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if as_target else levels.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            _runnable(path, precision), options, providers=list(CPU.providers)
+        )
     except Exception as exc:  # ONNX Runtime's exceptions have no base class of their own
         raise ExportError(
             f"ONNX Runtime {onnxruntime.__version__} refuses the exported model: {exc}. Try another "
             "export.opset, or write the operator that it names with other ones."
         ) from exc
+
+
+def _runnable(path: Path, precision: Precision) -> str | bytes:
+    """What ONNX Runtime can run on a CPU."""
+    if precision is not Precision.BF16:
+        return str(path)
+    emulated: bytes = emulate_bf16(Graph.load(path)).to_model().SerializeToString()
+    return emulated
 
 
 def _both_outputs(
@@ -213,7 +227,12 @@ def _described(model: OnnxModel) -> str:
 
 
 def _advice(precision: Precision) -> str:
-    if precision is Precision.FP32:
+    if precision in (Precision.FP16, Precision.BF16):
+        return (
+            f"Keep the layers before that output in fp32 with tensorrt.mixed, or raise verify.{precision}_atol "
+            "if accuracy holds."
+        )
+    if not precision.has_quantizers:
         return (
             "Look for what the export froze: a branch or a size that depends on the input's values. "
             "If the difference is harmless, raise verify.atol."

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from jetway.flows.server import stop_server
+
 ROOT = Path(__file__).parents[1]
+
+# Read when PyTorch is loaded. Its threads spin where they wait for each other, which takes the cores from the
+# test beside them: training took ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+sys.path.append(str(ROOT / "tests"))
+pytest_plugins = ["doubles.fixtures"]
 
 
 @pytest.fixture(autouse=True)
@@ -20,12 +28,31 @@ def _own_home(tmp_path, monkeypatch, request):
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
 
 
+@pytest.fixture
+def mount_disk(tmp_path):
+    """Mounts a small disk, of "300k" say, and returns its folder."""
+    mounted = []
+
+    def mount(size):
+        folder = tmp_path / f"disk of {size}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("may not mount a small disk here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 @pytest.fixture(scope="session")
 def cli_home(tmp_path_factory):
     """One home for the tests that run the command, so that its Prefect server starts once. It has a space."""
     home = tmp_path_factory.mktemp("jetway") / "a home"
     yield home
-    subprocess.run([*COMMAND, "stop"], env=environment(home), check=True, timeout=60)
+    stop_server(home=home)
 
 
 COMMAND = [sys.executable, "-m", "jetway.flows"]

@@ -1,271 +1,214 @@
-"""Verb ``benchmark``: all variants of a target and a canary in one process, in interleaved slices.
+"""Verb ``benchmark``: measures all variants of a target, pass by pass, and says whether the session is valid.
 
-A round gives every engine one slice, in an order shuffled anew. A slice begins with a short untimed re-warm,
-because the engine before has taken the caches. The canary is a small fixed network of our own, not one of the
-variants: it moves only when the machine does, so a variant that drifts cannot hide behind itself.
-Rounds are the unit of evidence: queries of one slice resemble each other, and the slices of a round share the
-machine's mood.
+Every pass has a module of its own. What one pass watches must not disturb what another times, so each runs alone.
 """
 
-import array
-import gc
-import os
-import random
-import time
-from typing import Any, Callable, Dict, List, Sequence
+import contextlib
+import functools
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
-from jetway.tasks.on_device import lease, machine, memory, outputs, passport, statistics, tensors
-from jetway.tasks.on_device.onnxruntime_engine import OnnxRuntimeSession
+from jetway.tasks.on_device import (
+    engines,
+    errors,
+    latency,
+    layers,
+    lease,
+    machine,
+    memory,
+    power_mode,
+    power_pass,
+    sessions,
+    tensors,
+    throughput,
+    trtexec,
+)
+from jetway.tasks.on_device.errors import DeviceError
+from jetway.tasks.on_device.latency import CANARY, Entrant, ReloadedEntrant
+from jetway.tasks.on_device.telemetry import watch
 
-CANARY = "canary"
-# Four rounds a third is the least that gives each third a median worth comparing.
-MIN_ROUNDS = 12
-# Share of a slice's length that is spent untimed after each switch.
-REWARM_RATIO = 0.1
-# Going on after a drift adds a third of the planned rounds: a passing one loses its weight, and a step in the
-# second half of the planned session still lies behind the first third after three extensions. Going on among
-# other processes adds as many rounds as were planned, or fewer when the calm ones suffice.
-EXTENSION_RATIO = 1.0 / 3.0
-# The canary alone may move this many times further than a variant may move against it: a neighbour on the
-# other hyperthread of a core slows everything alike, by half and more, and leaves the ratios as they are.
-MACHINE_DRIFT_FACTOR = 4.0
-# A round counts when in none of its slices we waited longer than this for a core that another process held.
-# The scheduler says so, not the latencies: nothing is left out for being slow.
-MAX_WAITING_RATIO = 0.25
+# Share of the available memory that the engines may take together and stay loaded.
+LOADED_MEMORY_RATIO = 0.7
 
-clock_ns = getattr(time, "perf_counter_ns", None) or (lambda: int(time.perf_counter() * 1e9))
-Progress = Callable[[Dict[str, Any]], None]
-
-
-class Entrant:
-    """An engine in the session: its timed queries, and what they come to in each slice."""
-
-    def __init__(self, name: str, run: Callable[[], Any]) -> None:
-        self.name = name
-        self.run = run
-        self.latencies_ns = array.array("q")
-        self.slice_counts = []  # type: List[int]
-        self.slice_medians_ns = []  # type: List[float]
-        self.slice_timed_ns = []  # type: List[int]
-        self.slice_waiting_ratios = []  # type: List[float]
-
-    def warm_up(self, runs: int) -> None:
-        for _ in range(runs):
-            self.run()
-
-    def run_slice(self, slice_ns: int) -> None:
-        """One re-warm, then queries back to back until the slice is over; at least one of each."""
-        self._rewarm(clock_ns() + int(slice_ns * REWARM_RATIO))
-        first, waited_ns = len(self.latencies_ns), machine.waited_for_cpu_ns()
-        run, record, now = self.run, self.latencies_ns.append, clock_ns
-        started_ns = now()
-        end_ns = started_ns + slice_ns
-        while True:
-            before = now()
-            run()
-            after = now()
-            record(after - before)
-            if after >= end_ns:
-                break
-        waited_ns = machine.waited_for_cpu_ns() - waited_ns
-        self._close_slice(self.latencies_ns[first:], waited_ns / (after - started_ns))
-
-    def _rewarm(self, end_ns: int) -> None:
-        self.run()
-        while clock_ns() < end_ns:
-            self.run()
-
-    def _close_slice(self, latencies_ns: Sequence[int], waiting_ratio: float) -> None:
-        self.slice_counts.append(len(latencies_ns))
-        self.slice_medians_ns.append(statistics.median(latencies_ns))
-        self.slice_timed_ns.append(sum(latencies_ns))
-        self.slice_waiting_ratios.append(waiting_ratio)
-
-    def queries(self, rounds: Sequence[int]) -> int:
-        return sum(self.slice_counts[index] for index in rounds)
-
-    def timed_ns(self, rounds: Sequence[int]) -> int:
-        return sum(self.slice_timed_ns[index] for index in rounds)
-
-    def medians_ns(self, rounds: Sequence[int]) -> List[float]:
-        return [self.slice_medians_ns[index] for index in rounds]
+Json = Dict[str, Any]
+Progress = Callable[[Json], None]
+#: Key of the result, and what measures an entry: of the entry, the request, and what is known so far.
+Pass = Tuple[str, Callable[[Json, Json, Json], Any]]
 
 
-class Session:
-    """Rounds over all entrants, until each has its evidence and none drifts, or patience is at its end."""
+def run(request: Json, progress: Progress) -> Json:
+    """One session over ``engines`` and ``canary``, which are entries as ``sessions`` describes them.
 
-    def __init__(self, entrants: Sequence[Entrant], request: Dict[str, Any], progress: Progress) -> None:
-        self.entrants = list(entrants)
-        self.variants = [entrant for entrant in entrants if entrant.name != CANARY]
-        self.canary = next(entrant for entrant in entrants if entrant.name == CANARY)
-        self.request = request
-        self.progress = progress
-        self.order = random.Random(request["seed"])
-        # Short sessions get shorter slices, not fewer rounds.
-        self.slice_s = min(request["slice_s"], request["min_duration_s"] / MIN_ROUNDS)
-        self.rounds = 0
-        self.extensions = 0
-        self.deadline_s = time.monotonic() + request["max_duration_s"]
+    Further keys: those of the latency scenario (``warmup_runs``, ``min_queries``, ``min_duration_s``, ``slice_s``,
+    ``max_drift_ratio``, ``max_extensions``, ``max_duration_s``, ``seed``), ``work_dir``, and
 
-    def run(self) -> None:
-        for entrant in self.entrants:
-            entrant.warm_up(self.request["warmup_runs"])
-        while self.evidence(self.all_rounds()) < 1.0 and not self.timed_out():
-            self._run_round()
-        planned = self.rounds
-        while self.doubts() and self.extensions < self.request["max_extensions"] and not self.timed_out():
-            self.extensions += 1
-            if self._disturbances():
-                self._extend(planned, until_calm=True)
-            else:
-                self._extend(max(1, int(planned * EXTENSION_RATIO)))
+    - ``keep_loaded``: true holds all engines in memory, false loads each anew for its slices, which is not timed,
+      and "auto" (default) decides by the memory that there is;
+    - ``scenarios``: "latency" (always measured, as the ratios are its) and "throughput", with its ``throughput``;
+    - ``profile_layers``: true for a table of layers and their times;
+    - ``trtexec``: true, or the path of one, to hold the scenario throughput against the target's trtexec;
+    - ``telemetry``: false for no samples of the sensors meanwhile;
+    - ``power``: settings of the power pass, which is left out without them;
+    - ``power_mode`` and ``lock_clocks``: how a Jetson is set before, and put back after.
 
-    def _extend(self, rounds: int, until_calm: bool = False) -> None:
-        for _ in range(rounds):
-            self._run_round()
-            if self.timed_out() or (until_calm and not self._disturbances()):
-                return
-
-    def _run_round(self) -> None:
-        text = "round {}".format(self.rounds + 1)
-        if self.extensions:
-            text += ", extension {}: {}".format(self.extensions, "; ".join(self.doubts()))
-        self.progress({"done": self.evidence(self.all_rounds()), "total": 1.0, "text": text})
-        for entrant in self.order.sample(self.entrants, len(self.entrants)):
-            entrant.run_slice(int(self.slice_s * 1e9))
-        self.rounds += 1
-
-    def all_rounds(self) -> List[int]:
-        return list(range(self.rounds))
-
-    def calm_rounds(self) -> List[int]:
-        """Rounds that no other process disturbed: whose every slice had the CPU nearly to itself."""
-        return [
-            index
-            for index in range(self.rounds)
-            if max(entrant.slice_waiting_ratios[index] for entrant in self.entrants) <= MAX_WAITING_RATIO
-        ]
-
-    def counted_rounds(self) -> List[int]:
-        """The calm rounds; all of them where the calm ones are too few, and the session is invalid anyway."""
-        calm = self.calm_rounds()
-        return calm if self.evidence(calm) >= 1.0 else self.all_rounds()
-
-    def evidence(self, rounds: Sequence[int]) -> float:
-        """Share of the evidence asked for that these rounds hold, by the variant that has the least."""
-        shares = [len(rounds) / MIN_ROUNDS]
-        for variant in self.variants:
-            shares.append(variant.queries(rounds) / self.request["min_queries"])
-            shares.append(variant.timed_ns(rounds) / (self.request["min_duration_s"] * 1e9))
-        return float(min(1.0, min(shares)))
-
-    def timed_out(self) -> bool:
-        return bool(time.monotonic() >= self.deadline_s)
-
-    def drift_ratio(self, entrant: Entrant) -> float:
-        """Of a variant, against the canary; of the canary, by itself."""
-        rounds = self.counted_rounds()
-        canary = self.canary.medians_ns(rounds)
-        if entrant is self.canary:
-            return statistics.drift_ratio(canary)
-        return statistics.drift_ratio(statistics.relative_medians(entrant.medians_ns(rounds), canary))
-
-    def doubts(self) -> List[str]:
-        """A sentence for each reason why the session so far is not valid."""
-        return self._drifts() + self._disturbances() + self._shortfalls()
-
-    def _drifts(self) -> List[str]:
-        limit = self.request["max_drift_ratio"]
-        template = "{} drifted by {:.1%}{}, first third to last (limit {:.1%})"
-        found = []
-        for variant in self.variants:
-            drift = self.drift_ratio(variant)
-            if drift > limit:
-                found.append(template.format(variant.name, drift, " against the canary", limit))
-        drift, limit = self.drift_ratio(self.canary), limit * MACHINE_DRIFT_FACTOR
-        if drift > limit:
-            found.append(template.format("the machine, by its canary,", drift, "", limit))
-        return found
-
-    def _disturbances(self) -> List[str]:
-        if self.evidence(self.calm_rounds()) >= 1.0 or self.evidence(self.all_rounds()) < 1.0:
-            return []
-        return [
-            "other processes held the CPU in {} of {} rounds, for more than {:.0%} of a slice: stop them, or "
-            "run again later".format(self.rounds - len(self.calm_rounds()), self.rounds, MAX_WAITING_RATIO)
-        ]
-
-    def _shortfalls(self) -> List[str]:
-        """What is missing for each variant when time ran out."""
-        rounds = self.all_rounds()
-        return [
-            "{} has {} of {} queries and {:.1f} of {:.1f} s in the time there was: raise "
-            "benchmark.timeout_s".format(
-                variant.name,
-                variant.queries(rounds),
-                self.request["min_queries"],
-                variant.timed_ns(rounds) / 1e9,
-                self.request["min_duration_s"],
-            )
-            for variant in self.variants
-            if variant.queries(rounds) < self.request["min_queries"]
-            or variant.timed_ns(rounds) < self.request["min_duration_s"] * 1e9
-        ]
-
-
-def run(request: Dict[str, Any], progress: Progress) -> Dict[str, Any]:
-    """One session over ``engines`` and ``canary``.
-
-    Each of them has ``name``, ``path``, ``sha256`` and ``inputs`` (a path). Further keys:
-    ``warmup_runs``, ``min_queries``, ``min_duration_s``, ``slice_s``, ``max_drift_ratio``,
-    ``max_extensions``, ``max_duration_s``, ``seed``, ``work_dir``. Every engine is checked against its
-    passport before it is loaded. Returns the path of the samples (per engine: latencies in ns and the round
-    of each), peak memory and drift by engine, ``reasons`` why the session is not valid (none when it is), and
-    the machine before and after.
+    Every engine is checked against its passport before any is loaded. Returns peak memory by engine, what the passes
+    found by engine (those that a pass is for), ``reasons`` why the session is not valid (none when it is), the
+    machine before and after, what the ``telemetry`` told, and the ``power_mode``.
     """
-    entries = request["engines"] + [dict(request["canary"], name=CANARY)]
-    for entry in entries:
-        entry["load_options"] = passport.check(entry["path"], entry["sha256"])["load_options"]
+    variants = [sessions.checked(entry) for entry in request["engines"]]
+    canary = sessions.checked(dict(request["canary"], name=CANARY))
+    passes = passes_of(request, variants)
+    with power_mode.held(
+        request["work_dir"], request.get("power_mode"), request.get("lock_clocks", False)
+    ) as mode:
+        result = measure(variants, canary, passes, request, progress)
+    return dict(
+        result, power_mode=mode, seed=request["seed"], boot_id=lease.boot_id(), simulated=machine.simulated()
+    )
+
+
+def measure(
+    variants: List[Json], canary: Json, passes: Sequence[Pass], request: Json, progress: Progress
+) -> Json:
+    """All passes, on a machine that is set up and watched; power last, as it heats the machine most."""
     progress({"done": 0.0, "total": 1.0, "text": "peak memory"})
-    peaks = {entry["name"]: memory.peak_of(entry) for entry in request["engines"]}
-    session = Session([_load(entry) for entry in entries], request, progress)
-    before = machine.snapshot()
-    _run_without_garbage_collection(session)
+    peaks = {entry["name"]: memory.peak_of(entry) for entry in variants}
+    card, before = watch.card_of(variants), machine.snapshot()
+    with watch.watched(request["work_dir"], card, request.get("telemetry", True)) as watched:
+        with entered(variants + [canary], keep_loaded(request, peaks)) as entrants:
+            result = latency.measure(entrants, request, progress)
+        for name, measure_entry in passes:
+            result[name] = {}
+            for entry in filter(runs_in_flight, variants):
+                progress({"done": 1.0, "total": 1.0, "text": "{} of {}".format(name, entry["name"])})
+                result[name][entry["name"]] = measure_entry(entry, request, result)
     after = machine.snapshot()
-    counted = set(session.counted_rounds())
-    return {
-        "samples": _write_samples(session, request["work_dir"]),
-        "memory": peaks,
-        "drift_ratios": {entrant.name: session.drift_ratio(entrant) for entrant in session.entrants},
-        "reasons": session.doubts() + throttling(before, after),
-        "rounds": session.rounds,
-        "excluded_rounds": [index for index in session.all_rounds() if index not in counted],
-        "extensions": session.extensions,
-        "slice_s": session.slice_s,
-        "seed": request["seed"],
-        "machine_before": before,
-        "machine_after": after,
-        "boot_id": lease.boot_id(),
-    }
+    if request.get("power"):
+        result["power"] = measure_power(variants, card, request, progress)
+    return dict(
+        result,
+        memory=peaks,
+        reasons=result["reasons"] + throttling(before, after) + watched.reasons,
+        telemetry=watched.report,
+        machine_before=before,
+        machine_after=after,
+    )
 
 
-def _load(entry: Dict[str, Any]) -> Entrant:
-    session = OnnxRuntimeSession(entry["path"], entry["load_options"])
-    inputs = session.inputs_of(tensors.read_tensors(entry["inputs"]))
-    session.run_checked(inputs)
-    return Entrant(entry["name"], lambda: session.run(inputs))
+def passes_of(request: Json, variants: Sequence[Json]) -> List[Pass]:
+    """The passes asked for besides latency, in order.
+
+    Raises DeviceError, before anything runs, where the scenario throughput is asked of an engine that has none.
+    """
+    asked = []  # type: List[Pass]
+    if "throughput" in request.get("scenarios", ()):
+        _check_throughput(variants)
+        asked.append(("throughput", measure_throughput))
+    elif request.get("trtexec"):
+        asked.append(("throughput", measure_throughput))
+    if request.get("trtexec"):
+        path = trtexec.find(None if request["trtexec"] is True else request["trtexec"])
+        asked.append(("trtexec", functools.partial(measure_trtexec, path)))
+    if request.get("profile_layers"):
+        asked.append(("layers", measure_layers))
+    return asked
 
 
-def _run_without_garbage_collection(session: Session) -> None:
-    gc.collect()
-    gc.disable()
+def runs_in_flight(entry: Json) -> bool:
+    """Whether its engine takes queries before it has answered the last, as TensorRT does."""
+    return hasattr(engines.engine_of(entry["engine"]).Session, "lanes")
+
+
+def _check_throughput(variants: Sequence[Json]) -> None:
+    others = [entry["name"] for entry in variants if not runs_in_flight(entry)]
+    if others:
+        raise DeviceError(
+            "benchmark.scenarios: throughput is for TensorRT engines, and {} run on another. Take latency alone, or "
+            "a target whose engine is tensorrt.".format(", ".join(others)),
+            errors.BAD_REQUEST,
+        )
+
+
+def measure_throughput(entry: Json, request: Json, known: Json) -> Json:
+    """With as many streams as the scenario or the engine's own options ask for."""
+    asked = request.get("throughput", {})
+    streams = max(asked.get("streams", 1), entry["load_options"].get("streams", 1))
+    session, inputs = sessions.opened_with_inputs(entry)
     try:
-        session.run()
+        return throughput.measure(session.cuda, session.lanes(streams, inputs), asked)
     finally:
-        gc.enable()
+        session.close()
 
 
-def throttling(before: Dict[str, Any], after: Dict[str, Any]) -> List[str]:
+def measure_trtexec(path: str, entry: Json, request: Json, known: Json) -> Json:
+    """With the settings of our own measurement, and how far that differs."""
+    ours = known["throughput"][entry["name"]]
+    report = trtexec.measure(path, entry["path"], ours["settings"], entry["load_options"], open_shapes(entry))
+    return report if "failed" in report else dict(report, differences=trtexec.differences(ours, report))
+
+
+def open_shapes(entry: Json) -> Dict[str, List[int]]:
+    """The shapes of the entry's inputs that the engine leaves open."""
+    session, given = sessions.opened(entry), tensors.read_tensors(entry["inputs"])
+    try:
+        return {name: list(given[name].shape) for name, shape in session.input_shapes.items() if -1 in shape}
+    finally:
+        session.close()
+
+
+def measure_layers(entry: Json, request: Json, known: Json) -> List[Json]:
+    return layers.measure(entry)
+
+
+def measure_power(variants: Sequence[Json], card: Optional[str], request: Json, progress: Progress) -> Json:
+    """Each variant is loaded for its own run."""
+    return power_pass.measure(
+        {entry["name"]: functools.partial(opened_query, entry) for entry in variants},
+        request["power"],
+        request["work_dir"],
+        card,
+        lambda line: progress(dict(line, done=1.0, total=1.0)),
+        off_card=[entry["name"] for entry in variants if not entry["uses_gpu"]],
+    )
+
+
+def keep_loaded(request: Json, peaks: Dict[str, Json]) -> bool:
+    """Whether all engines stay in memory together."""
+    asked = request.get("keep_loaded", "auto")
+    if asked != "auto":
+        return bool(asked)
+    device_free_mib = [peak["device_free"] for peak in peaks.values() if peak["device_free"] is not None]
+    return _fits(peaks, "engine", machine.memory_mib()["available"]) and (
+        _fits(peaks, "device", min(device_free_mib) if device_free_mib else None)
+    )
+
+
+def _fits(peaks: Dict[str, Json], key: str, available_mib: Optional[float]) -> bool:
+    needed_mib = sum(peak[key] or 0.0 for peak in peaks.values())
+    return available_mib is None or needed_mib <= LOADED_MEMORY_RATIO * available_mib
+
+
+@contextlib.contextmanager
+def entered(entries: List[Json], loaded: bool) -> Iterator[List[Entrant]]:
+    """The engines as entrants of a session; those that stay loaded are closed behind it."""
+    if not loaded:
+        yield [ReloadedEntrant(entry["name"], functools.partial(opened_query, entry)) for entry in entries]
+        return
+    with contextlib.ExitStack() as stack:
+        entrants = []
+        for entry in entries:
+            query, close = opened_query(entry)
+            stack.callback(close)
+            entrants.append(Entrant(entry["name"], query))
+        yield entrants
+
+
+def opened_query(entry: Json) -> Any:
+    """The timed call of a loaded engine, and what unloads it."""
+    session, inputs = sessions.opened_with_inputs(entry)
+    return session.query(inputs), session.close
+
+
+def throttling(before: Json, after: Json) -> List[str]:
     """What the kernel says happened to the clocks during the session."""
     found = []
     if (after["throttle_events"] or 0) > (before["throttle_events"] or 0):
@@ -274,24 +217,3 @@ def throttling(before: Dict[str, Any], after: Dict[str, Any]) -> List[str]:
     if before["frequencies_mhz"]["governors"] != after["frequencies_mhz"]["governors"]:
         found.append("the frequency governor changed during the session")
     return found
-
-
-def _write_samples(session: Session, work_dir: str) -> Dict[str, Any]:
-    folder = outputs.outputs_folder(work_dir)
-    path = os.path.join(folder, "samples-{}-{}.safetensors".format(os.getpid(), clock_ns()))
-    with tensors.TensorWriter(path) as writer:
-        for entrant in session.entrants:
-            _write_column(writer, entrant.name + ".latency_ns", "I64", entrant.latencies_ns)
-            _write_column(writer, entrant.name + ".round", "I32", _round_of_each_query(entrant))
-    return {"path": path, "sha256": passport.file_sha256(path), "size_bytes": os.path.getsize(path)}
-
-
-def _round_of_each_query(entrant: Entrant) -> "array.array[int]":
-    column = array.array("i")
-    for index, count in enumerate(entrant.slice_counts):
-        column.extend([index] * count)
-    return column
-
-
-def _write_column(writer: tensors.TensorWriter, name: str, dtype: str, values: "array.array[int]") -> None:
-    writer.add_bytes(name, dtype, [len(values)], statistics.little_endian(values))

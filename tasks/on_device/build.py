@@ -1,61 +1,102 @@
 """Verb ``build``: an engine and its passport from an ONNX file, or the one built earlier from the same."""
 
+import errno
 import os
 import time
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict
 
-from jetway.tasks.on_device import errors, machine, onnxruntime_engine, outputs, passport, tensors
+from jetway.tasks.on_device import engines, errors, machine, outputs, passport, tensors
 from jetway.tasks.on_device.errors import DeviceError
-from jetway.tasks.on_device.onnxruntime_engine import OnnxRuntimeSession
 
 # An engine, its temporary name and some room, against the size of the ONNX file.
 DISK_FACTOR = 2.5
+# Share of the work that the build is; the rest is to load the engine and to run it.
+BUILT = 0.9
+
+Progress = Callable[[Dict[str, Any]], None]
 
 
-def run(request: Dict[str, Any], progress: Callable[[Dict[str, Any]], None]) -> Dict[str, Any]:
+def run(request: Dict[str, Any], progress: Progress) -> Dict[str, Any]:
     """Builds, loads what was built, and runs it once.
 
-    Takes ``onnx`` and ``inputs`` (paths), ``onnx_sha256``, ``threads``, ``revision``, ``work_dir``, and
-    ``provenance``, which goes into the passport as it is. Returns ``engine`` (path), ``passport`` and
-    ``reused``. An engine that an earlier build made from the same is used again when it still is what its
-    passport says.
+    Takes ``onnx`` and ``inputs`` (paths), ``onnx_sha256``, ``engine``, ``options`` (that engine's), ``threads``,
+    ``revision``, ``work_dir``, and ``provenance``, which goes into the passport as it is. Returns ``engine``
+    (path), ``passport`` and ``reused``. An engine that an earlier build made from the same is used again when it
+    still is what its passport says.
     """
-    onnxruntime_engine.import_engine()
+    facts = known_facts(request)
     folder = outputs.engines_folder(request["work_dir"])
-    key = passport.build_key(request["onnx_sha256"], request["threads"], request["revision"])
-    engine_path = os.path.join(folder, key + ".engine")
+    engine_path = os.path.join(folder, passport.build_key(request, facts) + ".engine")
     reused = passport.is_sound(engine_path)
     if reused:
         passport.touch(engine_path)
     else:
-        _build(request, engine_path, progress)
+        _build(request, facts, engine_path, progress)
     return {"engine": engine_path, "passport": passport.read(engine_path), "reused": reused}
 
 
-def _build(request: Dict[str, Any], engine_path: str, progress: Callable[[Dict[str, Any]], None]) -> None:
+def known_facts(request: Dict[str, Any]) -> Dict[str, Any]:
+    """What the passport says that is known before the build. Raises DeviceError where the engine is absent."""
+    name = request.get("engine", engines.DEFAULT)
+    engine = engines.engine_of(name)
+    engine.version()
+    load_options = engine.load_options(request)
+    return {
+        "schema_version": passport.SCHEMA_VERSION,
+        "platform": passport.current_platform(name, load_options),
+        "options": engine.build_options(request),
+        "load_options": load_options,
+    }
+
+
+def _build(request: Dict[str, Any], facts: Dict[str, Any], engine_path: str, progress: Progress) -> None:
     """In the job's own folder until the engine has been loaded and has run; then the passport goes first."""
     temporary = outputs.scratch_path("engine.part")
     _check_disk(request["onnx"], os.path.dirname(engine_path))
-    started = time.monotonic()
+    engine = engines.engine_of(facts["platform"]["engine"])
     try:
-        options = onnxruntime_engine.load_options(request["threads"])
-        progress({"done": 0, "total": 3, "text": "optimizing the graph"})
-        onnxruntime_engine.build(request["onnx"], temporary, request["threads"])
+        progress({"done": 0, "total": 1, "text": "building"})
+        started = time.monotonic()
+        facts = dict(facts, **engine.build(request, temporary, _within(progress, 0.0, BUILT)))
         build_s = time.monotonic() - started
-        progress({"done": 1, "total": 3, "text": "loading the engine and running it once"})
-        session = OnnxRuntimeSession(temporary, options)
-        inputs = session.inputs_of(tensors.read_tensors(request["inputs"]))
-        session.run_checked(inputs)
-        progress({"done": 2, "total": 3, "text": "listing its operators"})
-        costs = onnxruntime_engine.operator_costs(temporary, request["threads"], inputs)
-        passport.write(engine_path, describe(request, temporary, build_s, costs))
+        progress({"done": BUILT, "total": 1, "text": "loading the engine and running it once"})
+        facts.update(try_out(engine, temporary, facts["load_options"], request["inputs"]))
+        passport.write(engine_path, describe(request, facts, temporary, build_s))
         os.replace(temporary, engine_path)
-        progress({"done": 3, "total": 3, "text": "built"})
+        progress({"done": 1, "total": 1, "text": "built"})
     except OSError as exc:
-        raise onnxruntime_engine.build_error(exc, request["onnx"], os.path.dirname(engine_path))
+        raise disk_error(exc, request["onnx"])
     finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        outputs.remove(temporary)
+
+
+def _within(progress: Progress, start: float, end: float) -> Progress:
+    """Progress of a part, as progress of the whole."""
+
+    def report(line: Dict[str, Any]) -> None:
+        share = line.get("done", 0.0) / (line.get("total") or 1.0)
+        progress(dict(line, done=round(start + share * (end - start), 4), total=1))
+
+    return report
+
+
+def try_out(engine: Any, path: str, load_options: Dict[str, Any], inputs_path: str) -> Dict[str, Any]:
+    """Loads the engine, runs it once, and returns what can be told about it then."""
+    session = engine.Session(path, load_options)
+    try:
+        inputs = session.inputs_of(tensors.read_tensors(inputs_path))
+        session.run_checked(inputs)
+    finally:
+        session.close()
+    facts = engine.inspect(path, load_options, inputs)  # type: Dict[str, Any]
+    return facts
+
+
+def disk_error(exc: OSError, onnx_path: str) -> DeviceError:
+    full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = "Free some of the disk." if full else "Look at the file and its folder on the target."
+    text = "The engine of {} could not be written: {}. {}".format(onnx_path, exc, advice)
+    return DeviceError(text, errors.BUILD_FAILED, "disk_full" if full else "unknown")
 
 
 def _check_disk(onnx_path: str, folder: str) -> None:
@@ -71,36 +112,20 @@ def _check_disk(onnx_path: str, folder: str) -> None:
 
 
 def describe(
-    request: Dict[str, Any], engine_path: str, build_s: float, costs: List[Dict[str, Any]]
+    request: Dict[str, Any], facts: Dict[str, Any], engine_path: str, build_s: float
 ) -> Dict[str, Any]:
-    """The passport. MACs are of the kernels as they run, so a blocked layout's padding counts."""
-    return {
-        "schema_version": passport.SCHEMA_VERSION,
-        "engine_sha256": passport.file_sha256(engine_path),
-        "engine_size_bytes": os.path.getsize(engine_path),
-        "onnx_sha256": request["onnx_sha256"],
-        "provenance": request.get("provenance", {}),
-        "platform": passport.current_platform(),
-        "cpu": machine.cpu(),
-        "board": machine.board(),
-        "threads": request["threads"],
-        "session_options": onnxruntime_engine.session_options(request["threads"]),
-        "load_options": onnxruntime_engine.load_options(request["threads"]),
-        "built_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "build_s": build_s,
-        "operators": _counts(costs),
-        "macs": sum(cost["macs"] for cost in costs),
-        "integer_macs_ratio": integer_macs_ratio(costs),
-        "uncounted_operators": sorted({cost["operator"] for cost in costs if not cost["counted"]}),
-    }
-
-
-def _counts(costs: List[Dict[str, Any]]) -> Dict[str, int]:
-    names = [cost["operator"] for cost in costs]
-    return {name: names.count(name) for name in sorted(set(names))}
-
-
-def integer_macs_ratio(costs: List[Dict[str, Any]]) -> float:
-    """Share of the multiply-accumulates that run in integer kernels; 0 for a network that has none."""
-    total = sum(cost["macs"] for cost in costs)
-    return sum(cost["macs"] for cost in costs if cost["integer"]) / total if total else 0.0
+    """The passport."""
+    return dict(
+        facts,
+        engine_sha256=passport.file_sha256(engine_path),
+        engine_size_bytes=os.path.getsize(engine_path),
+        onnx_sha256=request["onnx_sha256"],
+        provenance=request.get("provenance", {}),
+        cpu=machine.cpu(),
+        board=machine.board(),
+        l4t=machine.l4t_release(),
+        threads=request["threads"],
+        built_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        build_s=build_s,
+        simulated=facts["platform"]["simulated"],
+    )

@@ -24,7 +24,7 @@ import time
 import traceback
 from typing import Any, BinaryIO, Callable, Dict, List, Optional
 
-from jetway.tasks.on_device import blobs, errors, lease
+from jetway.tasks.on_device import blobs, errors, lease, power_mode
 from jetway.tasks.on_device.errors import DeviceError
 
 SCHEMA_VERSION = 1
@@ -280,7 +280,8 @@ def outcome_of(job: Job, lock: int) -> Json:
         accelerator = lease.accelerator_id(job.spec["engine"])
         announce = Announcer(job, accelerator)
         with lease.held(accelerator, job.spec["job"], job.spec["busy_timeout_s"], announce.wait) as held:
-            return run_worker(job, [lock, held])
+            with power_mode.left_as_found(job.spec["work_dir"]):
+                return run_worker(job, [lock, held])
     except DeviceError as exc:
         if exc.kind in (errors.ORPHANED, errors.CANCELLED):
             raise

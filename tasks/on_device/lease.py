@@ -15,7 +15,7 @@ import time
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, Optional
 
-from jetway.tasks.on_device import errors
+from jetway.tasks.on_device import errors, machine
 
 # Every user must come to the same answer, so the first that all of them can write to is taken.
 PLACES = ("/run/lock", "/tmp", "/var/tmp", "/dev/shm")
@@ -24,18 +24,14 @@ LOG_LIMIT_BYTES = 1 << 20
 
 
 def boot_id() -> str:
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return "unknown-boot"
+    return machine.read_text("/proc/sys/kernel/random/boot_id") or "unknown-boot"
 
 
 def accelerator_id(engine: str) -> str:
     """What the engine runs on: the first GPU's UUID, a Jetson's serial number, or the CPU."""
     if engine != "tensorrt":
         return "cpu"
-    return _gpu_uuid() or _board_serial() or "gpu"
+    return _gpu_uuid() or machine.read_text("/proc/device-tree/serial-number") or "gpu"
 
 
 def directory() -> str:
@@ -182,18 +178,8 @@ def _now() -> str:
 
 
 def _gpu_uuid() -> Optional[str]:
-    root = "/proc/driver/nvidia/gpus"
-    for name in sorted(os.listdir(root)) if os.path.isdir(root) else []:
-        with open(os.path.join(root, name, "information")) as file:
-            found = re.search(r"GPU UUID:\s*(\S+)", file.read())
+    for path in machine.system_files("/proc/driver/nvidia/gpus/*/information"):
+        found = re.search(r"GPU UUID:\s*(\S+)", machine.read_text(path) or "")
         if found:
             return found.group(1)
     return None
-
-
-def _board_serial() -> Optional[str]:
-    try:
-        with open("/proc/device-tree/serial-number") as file:
-            return file.read().strip("\0\n ") or None
-    except OSError:
-        return None

@@ -1,4 +1,8 @@
-"""What the machine is, and how it is doing right now. A figure that cannot be read is None."""
+"""What the machine is, and how it is doing right now. A figure that cannot be read is None.
+
+With the environment variable JETWAY_SIMULATED_ROOT set, the kernel's files are looked up under that folder: a machine
+that is told so says ``simulated`` in its probe, its passports and its results.
+"""
 
 import glob
 import os
@@ -6,8 +10,14 @@ import platform
 import shutil
 import socket
 import sys
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
+SIMULATED_ROOT = "JETWAY_SIMULATED_ROOT"
+# About this process, which is real on any machine.
+OWN_PROCESS = ("/proc/self/", "/proc/thread-self/")
+SENSOR_OFF_MILLIDEGREES = -256000
+# Thermal zones that always say the same: the power chip of a Jetson.
+NO_SENSORS = ("PMIC",)
 # Names in /proc/cpuinfo, x86 then ARM, that decide which kernels an engine can use.
 INSTRUCTION_SETS = (
     "sse4_2",
@@ -33,10 +43,28 @@ INSTRUCTION_SETS = (
 INT8_INSTRUCTION_SETS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
 
+def simulated() -> bool:
+    return bool(os.environ.get(SIMULATED_ROOT))
+
+
+def system_path(path: str) -> str:
+    """Where a file of /proc, /sys or /etc is to be read."""
+    root = os.environ.get(SIMULATED_ROOT)
+    if not root or path.startswith(OWN_PROCESS):
+        return path
+    return os.path.join(root, path.lstrip("/"))
+
+
+def system_files(pattern: str) -> List[str]:
+    """Paths of /proc, /sys or /etc that match, in order, as ``read_text`` takes them."""
+    root = system_path("/")
+    return sorted("/" + os.path.relpath(found, root) for found in glob.glob(system_path(pattern)))
+
+
 def read_text(path: str) -> Optional[str]:
-    """A small file of /proc or /sys, without the NUL bytes that device trees end in."""
+    """A small file of /proc, /sys or /etc, without the NUL bytes that device trees end in."""
     try:
-        with open(path, "rb") as file:
+        with open(system_path(path), "rb") as file:
             return file.read().decode("utf-8", "replace").strip("\0\n ")
     except OSError:
         return None
@@ -80,12 +108,13 @@ def cores() -> int:
 
 
 def memory_mib() -> Dict[str, Optional[float]]:
-    """Memory in total, and what can be had without swapping."""
+    """Memory in total, what can be had without swapping, and free swap."""
     lines = (read_text("/proc/meminfo") or "").splitlines()
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if ":" in line}
     return {
         "total": _mib(kib.get("MemTotal"), 1024),
         "available": _mib(kib.get("MemAvailable"), 1024),
+        "swap_free": _mib(kib.get("SwapFree"), 1024),
     }
 
 
@@ -152,7 +181,7 @@ def snapshot() -> Dict[str, Any]:
 def throttle_events() -> Optional[int]:
     """Times that a core slowed down because it was hot, since boot."""
     pattern = "/sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count"
-    counts = [read_number(path) for path in glob.glob(pattern)]
+    counts = [read_number(path) for path in system_files(pattern)]
     known = [count for count in counts if count is not None]
     return sum(known) if known else None
 
@@ -170,11 +199,17 @@ def waited_for_cpu_ns() -> int:
 
 
 def temperatures_c() -> Dict[str, float]:
+    """By zone. A zone whose part of the chip has no power cannot be read, or says -256 degrees."""
     found = {}
-    for zone in sorted(glob.glob("/sys/class/thermal/thermal_zone*")):
+    for zone in system_files("/sys/class/thermal/thermal_zone*"):
         millidegrees = read_number(zone + "/temp")
-        if millidegrees is not None:
-            found[read_text(zone + "/type") or os.path.basename(zone)] = millidegrees / 1000.0
+        kind = read_text(zone + "/type") or os.path.basename(zone)
+        if (
+            millidegrees is not None
+            and millidegrees > SENSOR_OFF_MILLIDEGREES
+            and not kind.startswith(NO_SENSORS)
+        ):
+            found[kind] = millidegrees / 1000.0
     return found
 
 

@@ -2,20 +2,28 @@
 
 "Building" is graph optimization at ORT_ENABLE_ALL, fusions and the CPU's own blocked layouts included, saved
 as an ONNX file. The saved graph is final, so it is loaded with optimization off: what runs is the file,
-operator for operator, at the speed of a plain ORT_ENABLE_ALL session.
+operator for operator, at the speed of a plain ORT_ENABLE_ALL session. The TensorRT provider compiles when it loads,
+and what it compiles cannot be saved in the graph: there the engine is the ONNX file as it is, and the compiled parts
+lie in a folder beside it.
 """
 
 import errno
 import json
 import os
 import re
+import shutil
 import tempfile
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Tuple
 
-from jetway.tasks.on_device import errors, machine
+from jetway.tasks.on_device import errors, gpu, machine
 from jetway.tasks.on_device.errors import DeviceError
+from jetway.tasks.on_device.onnx_file import OnnxFile
+from jetway.tasks.on_device.tensors import Tensor
 
-PROVIDERS = ["CPUExecutionProvider"]
+NAME = "onnxruntime"
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+# What the TensorRT provider must be told for types that the file has: it sets flags as TensorRT 8 does.
+TENSORRT_FLAGS = {"fp16": "trt_fp16_enable", "bf16": "trt_bf16_enable", "int8": "trt_int8_enable"}
 # Idle sessions that spin for work take the cores from the one that is timed.
 NO_SPINNING = {"session.intra_op.allow_spinning": "0", "session.inter_op.allow_spinning": "0"}
 # On x86 without VNNI, uint8 times int8 saturates in 16 bits. This takes exact kernels, which are slower (2.9
@@ -24,6 +32,8 @@ EXACT_INT8 = {"session.x64quantprecision": "1"}
 LOWEST_OPSET = 7
 HIGHEST_OPSET = 127  # of a hand-written file; ALLOW_RELEASED_ONNX_OPSET_ONLY=0 accepts any
 LOG_FATAL_ONLY = 4
+# Samples a call, where the engine leaves the batch open.
+OPEN_BATCH = 32
 
 
 def import_engine() -> Any:
@@ -44,16 +54,74 @@ def version() -> str:
     return str(import_engine().__version__)
 
 
-def session_options(threads: int) -> Dict[str, Any]:
-    """Every option that a build sets, as it stands in the passport."""
+def facts() -> Dict[str, Any]:
+    try:
+        module = import_engine()
+    except DeviceError as exc:
+        return {"available": False, "reason": str(exc)}
     return {
+        "available": True,
+        "version": module.__version__,
+        "providers": module.get_available_providers(),
+        "max_opset": max_opset(),
+    }
+
+
+def platform_facts(load_options: Dict[str, Any]) -> Dict[str, Any]:
+    """What an engine built here depends on; the GPU too, where a provider uses it."""
+    cpu = machine.cpu()
+    found = {
+        "engine": NAME,
+        "engine_version": version(),
+        "architecture": cpu["architecture"],
+        "instruction_sets": cpu["instruction_sets"],
+    }
+    return dict(found, gpu=gpu.identity()) if uses_gpu(load_options) else found
+
+
+def uses_gpu(options: Dict[str, Any]) -> bool:
+    return bool(set(options["providers"]) & {CUDA, TENSORRT})
+
+
+def build_options(request: Dict[str, Any]) -> Dict[str, Any]:
+    """Every option that a build sets, as it stands in the passport."""
+    providers = providers_of(request.get("options") or {})
+    options = {
         "graph_optimization_level": "ORT_ENABLE_ALL",
         "execution_mode": "ORT_SEQUENTIAL",
-        "intra_op_num_threads": threads,
+        "intra_op_num_threads": request["threads"],
         "inter_op_num_threads": 1,
-        "providers": PROVIDERS,
+        "providers": providers,
         "config_entries": config_entries(machine.cpu()),
     }
+    if TENSORRT in providers:
+        options["provider_options"] = {TENSORRT: tensorrt_flags(OnnxFile(request["onnx"]))}
+    return options
+
+
+def tensorrt_flags(onnx: OnnxFile) -> Dict[str, str]:
+    types = onnx.types & {"fp16", "bf16"} | ({"int8"} if onnx.is_quantized() else set())
+    return {TENSORRT_FLAGS[name]: "True" for name in sorted(types)}
+
+
+def providers_of(asked: Dict[str, Any]) -> List[str]:
+    """The execution providers asked for, and behind them those that take what they cannot run.
+
+    Raises DeviceError (mismatch) for one that this onnxruntime lacks.
+    """
+    wanted = list(asked.get("providers") or [CPU])
+    there = import_engine().get_available_providers()
+    absent = [name for name in wanted if name not in there]
+    if absent:
+        raise DeviceError(
+            "The target's onnxruntime {} has no {}; it has {}. Install one that has it (onnxruntime-gpu, or NVIDIA's "
+            "for this JetPack), or change `providers`.".format(
+                version(), ", ".join(absent), ", ".join(there)
+            ),
+            errors.MISMATCH,
+        )
+    behind = [CUDA, CPU] if TENSORRT in wanted else [CPU]
+    return wanted + [name for name in behind if name in there and name not in wanted]
 
 
 def config_entries(cpu: Dict[str, Any]) -> Dict[str, str]:
@@ -62,9 +130,14 @@ def config_entries(cpu: Dict[str, Any]) -> Dict[str, str]:
     return dict(NO_SPINNING, **(EXACT_INT8 if saturates else {}))
 
 
-def load_options(threads: int) -> Dict[str, Any]:
-    """The same for running a built engine, whose graph is final."""
-    return dict(session_options(threads), graph_optimization_level="ORT_DISABLE_ALL")
+def load_options(request: Dict[str, Any]) -> Dict[str, Any]:
+    """The same for running a built engine, whose graph is final unless TensorRT has yet to compile it."""
+    options = build_options(request)
+    return options if TENSORRT in options["providers"] else _final(options)
+
+
+def _final(options: Dict[str, Any]) -> Dict[str, Any]:
+    return dict(options, graph_optimization_level="ORT_DISABLE_ALL")
 
 
 def _native_options(options: Dict[str, Any]) -> Any:
@@ -80,15 +153,46 @@ def _native_options(options: Dict[str, Any]) -> Any:
     return native
 
 
-def build(onnx_path: str, engine_path: str, threads: int) -> None:
+def build(
+    request: Dict[str, Any], engine_path: str, progress: Callable[[Dict[str, Any]], None]
+) -> Dict[str, Any]:
     """Optimizes the ONNX file for this machine and writes the result. Raises DeviceError with its cause."""
-    ort = import_engine()
-    native = _native_options(session_options(threads))
+    options = build_options(request)
+    if TENSORRT in options["providers"]:
+        shutil.copyfile(request["onnx"], engine_path)
+        return {}
+    native = _native_options(options)
     native.optimized_model_filepath = engine_path
     try:
-        ort.InferenceSession(onnx_path, native, providers=PROVIDERS)
+        _open(request["onnx"], native, options)
+    except DeviceError:
+        raise
     except Exception as exc:  # ONNX Runtime's exceptions have no base class of their own
-        raise build_error(exc, onnx_path, os.path.dirname(engine_path))
+        raise build_error(exc, request["onnx"], os.path.dirname(engine_path))
+    return {}
+
+
+def _open(path: str, native: Any, options: Dict[str, Any]) -> Any:
+    """An InferenceSession whose first provider is really there: ONNX Runtime falls back without an error."""
+    providers = [(name, _provider_options(name, path, options)) for name in options["providers"]]
+    session = import_engine().InferenceSession(path, native, providers=providers)
+    if options["providers"][0] not in session.get_providers():
+        raise DeviceError(
+            "ONNX Runtime {} could not start its {} and went on with {}. See the log for the library that it misses: "
+            "CUDA, cuDNN and TensorRT must be the versions it was built for.".format(
+                version(), options["providers"][0], ", ".join(session.get_providers())
+            ),
+            errors.MISMATCH,
+        )
+    return session
+
+
+def _provider_options(name: str, path: str, options: Dict[str, Any]) -> Dict[str, str]:
+    """The TensorRT provider keeps what it compiles beside the engine, for the next time it is loaded."""
+    given = options.get("provider_options", {}).get(name, {})  # type: Dict[str, str]
+    if name != TENSORRT:
+        return given
+    return dict(given, trt_engine_cache_enable="True", trt_engine_cache_path=path + ".tensorrt")
 
 
 class OnnxRuntimeSession:
@@ -98,10 +202,11 @@ class OnnxRuntimeSession:
     """
 
     def __init__(self, path: str, options: Dict[str, Any]) -> None:
-        ort = import_engine()
         native = _native_options(options)
         try:
-            self._session = ort.InferenceSession(path, native, providers=PROVIDERS)
+            self._session = _open(path, native, options)
+        except DeviceError:
+            raise
         except Exception as exc:
             raise DeviceError(
                 "ONNX Runtime cannot load {}: {}".format(path, exc), _kind_of(exc, errors.MISMATCH)
@@ -109,26 +214,35 @@ class OnnxRuntimeSession:
         self.output_names = [node.name for node in self._session.get_outputs()]
         self.input_shapes = {node.name: node.shape for node in self._session.get_inputs()}
 
-    def static_batch(self) -> Optional[int]:
-        """Size of the first dimension of its inputs, or None where it is open."""
+    def close(self) -> None:
+        """Gives its memory back; no other method works after it."""
+        self._session = None
+
+    def batch_limits(self) -> Tuple[int, int]:
+        """Fewest samples that a call takes, and the number that suits it."""
         sizes = [shape[0] for shape in self.input_shapes.values() if shape]
-        return sizes[0] if sizes and all(isinstance(size, int) for size in sizes) else None
+        static = sizes and all(isinstance(size, int) for size in sizes)
+        return (sizes[0], sizes[0]) if static else (1, OPEN_BATCH)
 
     def run(self, inputs: Dict[str, Any]) -> List[Any]:
         """Outputs in the order of ``output_names``. Untranslated errors: this is the timed call."""
         outputs = self._session.run(None, inputs)  # type: List[Any]
         return outputs
 
-    def inputs_of(self, arrays: Dict[str, Any]) -> Dict[str, Any]:
+    def inputs_of(self, given: Dict[str, Tensor]) -> Dict[str, Any]:
         """The arrays that the engine takes; an input that the network does not use is not in its graph."""
-        missing = sorted(set(self.input_shapes) - set(arrays))
+        missing = sorted(set(self.input_shapes) - set(given))
         if missing:
             raise DeviceError(
                 "The engine takes the inputs {}, and {} were not given. Name them in the workload's "
                 "example_inputs.".format(sorted(self.input_shapes), missing),
                 errors.BAD_REQUEST,
             )
-        return {name: arrays[name] for name in self.input_shapes}
+        return {name: given[name].numpy() for name in self.input_shapes}
+
+    def query(self, inputs: Dict[str, Any]) -> Callable[[], Any]:
+        """The call that is timed, for inputs that do not change."""
+        return lambda: self.run(inputs)
 
     def run_checked(self, inputs: Dict[str, Any]) -> List[Any]:
         """``run`` with an error that shows the inputs."""
@@ -140,6 +254,8 @@ class OnnxRuntimeSession:
                 "The engine fails on the inputs {}: {}".format(shapes, exc), _kind_of(exc, errors.FAILED)
             )
 
+
+Session = OnnxRuntimeSession
 
 OUT_OF_MEMORY_WORDS = re.compile(r"allocate memory|bad_alloc|out of memory|bad allocation", re.IGNORECASE)
 DISK_FULL_WORDS = re.compile(r"no space left|disk quota exceeded", re.IGNORECASE)
@@ -205,18 +321,39 @@ def _has_room(folder: str, size: int) -> bool:
     return True
 
 
-def operator_costs(engine_path: str, threads: int, inputs: Dict[str, Any]) -> List[Dict[str, Any]]:
+def inspect(engine_path: str, options: Dict[str, Any], inputs: Dict[str, Any]) -> Dict[str, Any]:
+    """What runs: operators and MACs, of the kernels as they are, so a blocked layout's padding counts."""
+    costs = operator_costs(engine_path, options, inputs)
+    return {
+        "operators": _counts([cost["operator"] for cost in costs]),
+        "placement": _counts([cost["provider"] for cost in costs]),
+        "macs": sum(cost["macs"] for cost in costs),
+        "integer_macs_ratio": integer_macs_ratio(costs),
+        "uncounted_operators": sorted({cost["operator"] for cost in costs if not cost["counted"]}),
+    }
+
+
+def _counts(names: List[str]) -> Dict[str, int]:
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+def integer_macs_ratio(costs: List[Dict[str, Any]]) -> float:
+    """Share of the multiply-accumulates that run in integer kernels; 0 for a network that has none."""
+    total = sum(cost["macs"] for cost in costs)
+    return sum(cost["macs"] for cost in costs if cost["integer"]) / total if total else 0.0
+
+
+def operator_costs(engine_path: str, options: Dict[str, Any], inputs: Dict[str, Any]) -> List[Dict[str, Any]]:
     """Every executed operator with the shapes it really saw, from ONNX Runtime's own profile of one run.
 
     Prepacking is off in this session, because packed weights lose their shape.
     """
-    options = load_options(threads)
-    options["config_entries"] = dict(options["config_entries"], **{"session.disable_prepacking": "1"})
-    native = _native_options(options)
+    entries = dict(options["config_entries"], **{"session.disable_prepacking": "1"})
+    native = _native_options(dict(options, config_entries=entries))
     native.enable_profiling = True
     with tempfile.TemporaryDirectory(dir=os.curdir) as folder:
         native.profile_file_prefix = os.path.join(folder, "profile")
-        session = import_engine().InferenceSession(engine_path, native, providers=PROVIDERS)
+        session = _open(engine_path, native, options)
         session.run(None, inputs)
         with open(session.end_profiling()) as file:
             events = json.load(file)
@@ -229,6 +366,7 @@ def _operator(args: Dict[str, Any]) -> Dict[str, Any]:
     macs, counted = count_macs(args["op_name"], operands, outputs)
     return {
         "operator": args["op_name"],
+        "provider": args["provider"],
         "macs": macs,
         "counted": counted,
         "integer": any(operand["dtype"] in ("int8", "uint8") for operand in operands),
@@ -274,6 +412,7 @@ UNCOUNTED = (
     "Einsum",
     "DeformConv",
 )
+COMPILED = "TRTKernel"  # a part of the network that the TensorRT provider took whole
 
 
 def count_macs(operator: str, operands: List[Dict[str, Any]], outputs: List[Dict[str, Any]]) -> Any:
@@ -285,7 +424,7 @@ def count_macs(operator: str, operands: List[Dict[str, Any]], outputs: List[Dict
         return _product(operands[0]["shape"]) * _product(operands[1]["shape"][1:]), True
     if operator in MATRIX_PRODUCTS:
         return _matrix_product_macs(operator, operands[0]["shape"], outputs[0]["shape"]), True
-    return 0, operator not in UNCOUNTED
+    return 0, operator not in UNCOUNTED and not operator.startswith(COMPILED)
 
 
 def _matrix_product_macs(operator: str, left: List[int], output: List[int]) -> int:
@@ -315,7 +454,7 @@ def _loads_opset(opset: int) -> bool:
     native = ort.SessionOptions()
     native.log_severity_level = LOG_FATAL_ONLY
     try:
-        ort.InferenceSession(one_node_onnx(opset), native, providers=PROVIDERS)
+        ort.InferenceSession(one_node_onnx(opset), native, providers=[CPU])
     except Exception:
         return False
     return True

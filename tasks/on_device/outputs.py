@@ -4,6 +4,7 @@ A job's current folder is its own and goes when the job does, however it ends: u
 """
 
 import os
+import shutil
 import time
 
 OUTPUTS_KEPT_S = 24 * 3600.0
@@ -20,6 +21,17 @@ def engines_folder(work_dir: str) -> str:
     return _folder(work_dir, "engines", ENGINES_KEPT_S)
 
 
+def timing_caches_folder(work_dir: str) -> str:
+    """For what builders learned about kernels."""
+    return _folder(work_dir, "timing_caches", ENGINES_KEPT_S)
+
+
+def result_path(work_dir: str, name: str, suffix: str) -> str:
+    """A new file for the host to pull."""
+    unique = "{}-{}-{}{}".format(name, os.getpid(), time.time(), suffix)
+    return os.path.join(outputs_folder(work_dir), unique)
+
+
 def scratch_path(name: str) -> str:
     return os.path.abspath(name)
 
@@ -29,6 +41,14 @@ def _folder(work_dir: str, name: str, kept_s: float) -> str:
     folder = os.path.join(work_dir, name)
     os.makedirs(folder, exist_ok=True)
     for entry in list(os.scandir(folder)):
-        if entry.is_file() and time.time() - entry.stat().st_mtime > kept_s:
-            os.unlink(entry.path)
+        if time.time() - entry.stat().st_mtime > kept_s:
+            remove(entry.path)
     return folder
+
+
+def remove(path: str) -> None:
+    """A file or a folder, if it is there."""
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.exists(path):
+        os.unlink(path)

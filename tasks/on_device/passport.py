@@ -5,10 +5,10 @@ import json
 import os
 from typing import Any, Dict, Optional
 
-from jetway.tasks.on_device import errors, machine, onnxruntime_engine
+from jetway.tasks.on_device import engines, errors, machine
 from jetway.tasks.on_device.errors import DeviceError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def file_sha256(path: str) -> str:
@@ -23,30 +23,20 @@ def passport_path(engine_path: str) -> str:
     return engine_path + ".json"
 
 
-def current_platform() -> Dict[str, Any]:
+def current_platform(engine: str, load_options: Dict[str, Any]) -> Dict[str, Any]:
     """What an engine built here depends on. An engine fits where all of it is the same."""
-    cpu = machine.cpu()
-    return {
-        "engine": "onnxruntime",
-        "engine_version": onnxruntime_engine.version(),
-        "architecture": cpu["architecture"],
-        "instruction_sets": cpu["instruction_sets"],
-    }
+    facts = engines.engine_of(engine).platform_facts(load_options)  # type: Dict[str, Any]
+    return dict(facts, simulated=machine.simulated() or facts.get("double", False))
 
 
-def build_key(onnx_sha256: str, threads: int, revision: int) -> str:
+def build_key(request: Dict[str, Any], facts: Dict[str, Any]) -> str:
     """Name of the engine that this machine builds from the ONNX file: same inputs, same name.
 
-    ``revision`` is the recipe's: raising it asks for a new build of the same.
+    ``facts`` are those of the passport that are known before the build. ``revision`` of the request is the
+    recipe's: raising it asks for a new build of the same.
     """
-    facts = {
-        "schema_version": SCHEMA_VERSION,
-        "onnx": onnx_sha256,
-        "revision": revision,
-        "options": onnxruntime_engine.session_options(threads),
-        "platform": current_platform(),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8")).hexdigest()[:32]
+    known = dict(facts, onnx=request["onnx_sha256"], revision=request["revision"])
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode("utf-8")).hexdigest()[:32]
 
 
 def write(engine_path: str, passport: Dict[str, Any]) -> None:
@@ -80,7 +70,7 @@ def is_sound(engine_path: str) -> bool:
         passport is not None
         and os.path.exists(engine_path)
         and passport.get("engine_sha256") == file_sha256(engine_path)
-        and passport.get("platform") == current_platform()
+        and passport.get("platform") == _platform_for(passport)
     )
 
 
@@ -113,8 +103,12 @@ def check(engine_path: str, expected_sha256: str) -> Dict[str, Any]:
     return passport
 
 
+def _platform_for(passport: Dict[str, Any]) -> Dict[str, Any]:
+    return current_platform(passport["platform"]["engine"], passport["load_options"])
+
+
 def _check_platform(engine_path: str, passport: Dict[str, Any]) -> None:
-    built_on, here = passport.get("platform", {}), current_platform()
+    built_on, here = passport.get("platform", {}), _platform_for(passport)
     differences = [
         "{} is {} here and was {} there".format(key, here[key], built_on.get(key))
         for key in sorted(here)

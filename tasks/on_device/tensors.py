@@ -1,17 +1,52 @@
-"""Named arrays in a safetensors file, read and written with the standard library.
+"""Named tensors in a safetensors file, read and written with the standard library.
 
-The file is eight bytes of header length, a JSON header, and the arrays' bytes. The host uses the safetensors
-package for the same files; a target has none. numpy is imported when arrays are handed over.
+The file is eight bytes of header length, a JSON header, and the tensors' bytes. The host uses the safetensors
+package for the same files; a target has none. A tensor here is a type, a shape and bytes; numpy, which a target
+need not have, is imported by those who ask for its arrays.
 """
 
 import json
+import mmap
 import os
 import struct
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 from jetway.tasks.on_device import outputs
 from jetway.tasks.on_device.errors import BAD_REQUEST, DeviceError
 
+ITEM_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+}
+#: The struct module's letters.
+CODES = {
+    "BOOL": "B",
+    "U8": "B",
+    "I8": "b",
+    "U16": "H",
+    "I16": "h",
+    "F16": "e",
+    "U32": "I",
+    "I32": "i",
+    "F32": "f",
+    "U64": "Q",
+    "I64": "q",
+    "F64": "d",
+}
+#: Types whose values can be given as another of the family.
+FAMILIES = (("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"), ("F16", "F32", "F64"))
 NUMPY_NAMES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -47,40 +82,106 @@ def read_header(path: str) -> Tuple[Dict[str, Any], int]:
     return header, 8 + length
 
 
-def read_tensors(path: str) -> Dict[str, Any]:
-    """Arrays by name, mapped from the file and read-only: memory is used as they are touched."""
-    import numpy as np
+class Tensor:
+    """Type (safetensors' name, such as F32), shape, and the bytes in C order, little-endian."""
 
+    def __init__(self, dtype: str, shape: Sequence[int], data: Any) -> None:
+        self.dtype = dtype
+        self.shape = tuple(shape)
+        self.data = memoryview(data).cast("B")
+
+    @classmethod
+    def of(cls, value: Any) -> "Tensor":
+        """Of a tensor, or of a numpy array."""
+        if isinstance(value, cls):
+            return value
+        array = value.astype(value.dtype.newbyteorder("<"), order="C", copy=False)
+        return cls(SAFETENSORS_NAMES[array.dtype.name], array.shape, array.tobytes())
+
+    def rows(self, start: int, stop: int) -> "Tensor":
+        """A part of the first dimension; the bytes are shared. Beyond the end, the last row is repeated."""
+        row_bytes = len(self.data) // self.shape[0]
+        last = min(stop, self.shape[0])
+        data = self.data[start * row_bytes : last * row_bytes]  # type: Any
+        if stop > last:
+            data = bytes(data) + bytes(self.data[(last - 1) * row_bytes : last * row_bytes]) * (stop - last)
+        return Tensor(self.dtype, (stop - start,) + self.shape[1:], data)
+
+    def cast(self, dtype: str) -> "Tensor":
+        """The same values as another integer, or another float. Raises DeviceError where that cannot be."""
+        if dtype == self.dtype:
+            return self
+        if not any({dtype, self.dtype} <= set(family) for family in FAMILIES):
+            raise DeviceError("{} cannot be given as {}.".format(self, dtype), BAD_REQUEST)
+        values = self.values()
+        try:
+            data = struct.pack("<{}{}".format(len(values), CODES[dtype]), *values)
+        except (struct.error, OverflowError) as exc:
+            raise DeviceError("A value of {} does not fit {}: {}.".format(self, dtype, exc), BAD_REQUEST)
+        return Tensor(dtype, self.shape, data)
+
+    def values(self) -> List[Any]:
+        """The elements as Python's numbers, in C order."""
+        return list(struct.unpack(_format(self), self.data))
+
+    def numpy(self) -> Any:
+        """An array over the same bytes."""
+        import numpy as np
+
+        if self.dtype not in NUMPY_NAMES:
+            raise DeviceError(
+                "numpy has no {}. Let the workload give one of: {}.".format(
+                    self.dtype, ", ".join(sorted(NUMPY_NAMES))
+                ),
+                BAD_REQUEST,
+            )
+        dtype = np.dtype(NUMPY_NAMES[self.dtype]).newbyteorder("<")
+        return np.ndarray(self.shape, dtype, self.data)
+
+    def __str__(self) -> str:
+        return "{}{}".format(self.dtype, list(self.shape))
+
+
+def _format(tensor: Tensor) -> str:
+    if tensor.dtype not in CODES:
+        raise DeviceError("{} cannot be converted.".format(tensor), BAD_REQUEST)
+    return "<{}{}".format(count(tensor.shape), CODES[tensor.dtype])
+
+
+def count(shape: Sequence[int]) -> int:
+    """Elements of a tensor of that shape."""
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def read_tensors(path: str) -> Dict[str, Tensor]:
+    """Tensors by name, mapped from the file and read-only: memory is used as they are touched."""
     header, start = read_header(path)
-    arrays = {}
-    for name, entry in header.items():
-        dtype = np.dtype(_numpy_name(entry["dtype"], name, path)).newbyteorder("<")
-        shape = tuple(entry["shape"])
-        if 0 in shape:
-            arrays[name] = np.zeros(shape, dtype)
-            continue
-        offset = start + entry["data_offsets"][0]
-        flat = np.memmap(path, dtype, "r", offset, (_count(shape),))
-        arrays[name] = flat.reshape(shape)
-    return arrays
+    with open(path, "rb") as file:
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    return {name: _tensor(name, entry, mapped[start:], path) for name, entry in header.items()}
 
 
-def _numpy_name(dtype: str, name: str, path: str) -> str:
-    if dtype not in NUMPY_NAMES:
+def _tensor(name: str, entry: Dict[str, Any], mapped: memoryview, path: str) -> Tensor:
+    first, last = entry["data_offsets"]
+    if entry["dtype"] not in ITEM_BYTES:
         raise DeviceError(
-            "Tensor {!r} in {} is {}, which numpy does not have. Let the workload give one of: {}.".format(
-                name, path, dtype, ", ".join(sorted(NUMPY_NAMES))
+            "Tensor {!r} in {} is {}. Let the workload give one of: {}.".format(
+                name, path, entry["dtype"], ", ".join(sorted(ITEM_BYTES))
             ),
             BAD_REQUEST,
         )
-    return NUMPY_NAMES[dtype]
-
-
-def _count(shape: Tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+    size_bytes = count(entry["shape"]) * ITEM_BYTES[entry["dtype"]]
+    if last - first != size_bytes or last > len(mapped):
+        raise DeviceError(
+            "Cannot read the tensors in {}: {!r} should have {} bytes. Run again to send the file anew.".format(
+                path, name, size_bytes
+            ),
+            BAD_REQUEST,
+        )
+    return Tensor(entry["dtype"], entry["shape"], mapped[first:last])
 
 
 class TensorWriter:
@@ -100,12 +201,12 @@ class TensorWriter:
         self._data = open(self._data_path, "w+b")
         return self
 
-    def add(self, name: str, array: Any) -> None:
-        """Appends a numpy array."""
-        data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-        self.add_bytes(name, SAFETENSORS_NAMES[array.dtype.name], list(array.shape), data)
+    def add(self, name: str, value: Any) -> None:
+        """Appends a tensor or a numpy array."""
+        tensor = Tensor.of(value)
+        self.add_bytes(name, tensor.dtype, list(tensor.shape), tensor.data)
 
-    def add_bytes(self, name: str, dtype: str, shape: List[int], data: bytes) -> None:
+    def add_bytes(self, name: str, dtype: str, shape: List[int], data: Any) -> None:
         """Appends little-endian bytes; ``dtype`` is safetensors' name, such as I64."""
         self._header[name] = {
             "dtype": dtype,

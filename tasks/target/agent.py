@@ -23,7 +23,9 @@ sys.exit(main())
 def build_agent(folder: Path = ON_DEVICE) -> bytes:
     """Packs the modules of a folder; equal sources give equal bytes, so the digest names the version."""
     files = {"__main__.py": MAIN.encode(), "jetway/__init__.py": b"", "jetway/tasks/__init__.py": b""}
-    files |= {f"{PACKAGE}/{path.name}": path.read_bytes() for path in folder.glob("*.py")}
+    files |= {
+        f"{PACKAGE}/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in folder.rglob("*.py")
+    }
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(files):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import threading
@@ -200,7 +201,7 @@ class WatchedSocket:
             data = self._sock.recv(size)
         except TimeoutError:
             if time.monotonic() - self._heard > SILENCE_S:
-                raise ConnectionError(f"nothing heard for {SILENCE_S:g} s") from None
+                raise ConnectionError(errno.ETIMEDOUT, f"nothing heard for {SILENCE_S:g} s") from None
             raise
         self._heard = time.monotonic()
         return data

@@ -162,7 +162,7 @@ class _Follower:
                 "verb": self._job.verb,
                 "request": self._job.request,
                 "work_dir": self._target.work_dir,
-                "engine": self._target.engine,
+                "engine": self._target.leased_engine,
                 "lease": self._job.lease,
                 "timeout_s": self._job.timeout_s,
                 "orphan_grace_s": self._target.orphan_grace_s,

@@ -7,6 +7,7 @@ run of its own, so nothing here is fluent.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import threading
 import time
@@ -47,6 +48,7 @@ from jetway.tasks.tracking.values import (
     Files,
     RunRecord,
     Status,
+    metric_name,
     short_tags,
     short_text,
 )
@@ -114,6 +116,24 @@ class Tracker:
             for step, values in points
             for name, value in values.items()
             if value is not None
+        ]
+        self._log(run_id, metrics=metrics)
+
+    def log_time_series(
+        self, run_id: str, times_s: Sequence[float], columns: Mapping[str, Sequence[float]]
+    ) -> None:
+        """Logs samples of sensors by time, in as few batches as MLflow allows. NaN was not measured.
+
+        The times count from any moment; the last sample gets the present as its time stamp.
+        """
+        if not len(times_s):
+            return
+        zero_ms = time.time() * 1000 - times_s[-1] * 1000
+        metrics = [
+            Metric(metric_name(name), float(value), int(zero_ms + time_s * 1000), step)
+            for name, values in columns.items()
+            for step, (time_s, value) in enumerate(zip(times_s, values, strict=True))
+            if not math.isnan(value)
         ]
         self._log(run_id, metrics=metrics)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ PARAMS_A_BATCH = 100
 TAGS_A_BATCH = 100
 PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
+METRIC_CHARACTERS = 250
+_NOT_IN_METRICS = re.compile(r"[^A-Za-z0-9_.\- /]")
 
 KIND_TAG = "jetway.kind"
 HOST_TAG = "jetway.host"
@@ -69,6 +72,11 @@ def short_text(value: Any, limit: int = PARAM_CHARACTERS) -> str:
         return text
     mark = f" … [cut: {len(text)} characters]"
     return text[: limit - len(mark)] + mark
+
+
+def metric_name(name: str) -> str:
+    """The name as MLflow accepts it: a sensor may be called anything."""
+    return _NOT_IN_METRICS.sub("_", name)[:METRIC_CHARACTERS]
 
 
 def short_tags(tags: Mapping[str, str]) -> dict[str, str]:

@@ -162,6 +162,37 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 10) -> None:
         time.sleep(0.02)
 
 
+@pytest.fixture
+def processes() -> Callable[[str], list[str]]:
+    """Finds the command lines of live processes, but this one, that hold a word."""
+
+    def find(word: str) -> list[str]:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                text = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if word in text and path.parts[2] != str(os.getpid()):
+                found.append(text)
+        return found
+
+    return find
+
+
+@pytest.fixture
+def wait_for_end(processes: Callable[[str], list[str]]) -> Callable[[str, float], None]:
+    """Waits until no live process holds the word."""
+
+    def wait(word: str, limit_s: float) -> None:
+        deadline = time.monotonic() + limit_s
+        while left := processes(word):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+
+    return wait
+
+
 @pytest.fixture(scope="session")
 def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
     server = start_sshd(tmp_path_factory.mktemp("ssh d"))

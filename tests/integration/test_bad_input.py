@@ -1,6 +1,7 @@
 """Bad input, each kind: its exit code, a message that names the fix, no traceback, and nothing partial left."""
 
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from jetway.tasks.tracking.tracker import Tracker
 
 # What libraries warn of is no concern of the user who mistyped a key.
-pytestmark = [pytest.mark.serial, pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.filterwarnings("default")
 
 
 def edit(project, **changes):
@@ -42,7 +43,7 @@ def corrupt(project):
 
 
 def target_file(project, **keys):
-    (project / "targets").mkdir()
+    (project / "targets").mkdir(exist_ok=True)
     (project / "targets/board.yaml").write_text(yaml.safe_dump({"name": "board", **keys}))
     edit(project, targets=["board"])
 
@@ -106,13 +107,16 @@ def test_bad_input_is_explained(case, project, jetway_here, cli_home):
     spoil, exit_code, fragments = CASES[case]
     edit(project, train={"epochs": 1}, finetune={"epochs": 1})
     spoil(project)
-    run = jetway_here("run", "my_recipe.yaml", cwd=project)
+    assert_explained(jetway_here("run", "my_recipe.yaml", cwd=project), exit_code, fragments, cli_home)
+
+
+def assert_explained(run, exit_code, fragments, home):
     assert run.exit_code == exit_code, run.stderr
     for fragment in fragments:
         assert fragment in run.stderr
     assert "Traceback" not in run.stderr
     assert run.stdout == ""
-    assert leftovers(cli_home) == []
+    assert leftovers(home) == []
 
 
 def leftovers(home):
@@ -185,6 +189,55 @@ def test_target_whose_python_lacks_the_engine(project, jetway_here):
     check = jetway_here("check", "my_recipe.yaml", cwd=project)
     assert check.exit_code == 3
     assert "onnxruntime" in check.stderr
+
+
+@pytest.fixture
+def ssh_project(project, sshd):
+    """The README's project with an OpenSSH server as its target ``board``, whose keys may be changed."""
+
+    def make(**changes):
+        keys = sshd.target().model_dump(include={"host", "port", "user", "identity_file", "known_hosts"})
+        target_file(project, **(keys | changes))
+        return project
+
+    return make
+
+
+@pytest.fixture
+def another_key(tmp_path):
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "another"], check=True)
+    return tmp_path / "another"
+
+
+def test_wrong_key_is_explained(ssh_project, another_key, jetway_here, cli_home):
+    project = ssh_project(identity_file=str(another_key))
+    run = jetway_here("run", "my_recipe.yaml", cwd=project)
+    assert_explained(run, 3, ["board", str(another_key), "authorized_keys"], cli_home)
+
+
+def test_changed_host_key_is_explained(sshd, ssh_project, another_key, tmp_path, jetway_here, cli_home):
+    key = another_key.with_suffix(".pub").read_text()
+    (tmp_path / "known_hosts").write_text(f"[127.0.0.1]:{sshd.port} {key}")
+    project = ssh_project(known_hosts=str(tmp_path / "known_hosts"))
+    run = jetway_here("run", "my_recipe.yaml", cwd=project)
+    assert_explained(run, 3, ["board", "has changed", "jetway trust board", "SHA256:"], cli_home)
+
+
+def test_disk_full_on_the_target_is_explained(project, mount_disk, jetway_here, cli_home):
+    """Refused before any training, or where the check is off when a file does not fit, and then nothing of it stays."""
+    disk = mount_disk("2m")
+    edit(project, variants=["baseline-fp32"], gates=[], train={"epochs": 1})
+    target_file(project, kind="loopback", work_dir=f"{disk}/jetway")
+    run = jetway_here("run", "my_recipe.yaml", cwd=project)
+    assert_explained(run, 3, ["board", "MiB of disk are free", "min_free_disk_mib", "work_dir"], cli_home)
+
+    target_file(project, kind="loopback", work_dir=f"{disk}/jetway", min_free_disk_mib=0)
+    there = sorted((disk / "jetway").rglob("*"))
+    free = shutil.disk_usage(disk).free
+    (disk / "filler").write_bytes(bytes(free - 100_000))
+    run = jetway_here("run", "my_recipe.yaml", cwd=project)
+    assert_explained(run, 3, ["board", "bytes", "are free", "set work_dir"], cli_home)
+    assert sorted((disk / "jetway").rglob("*")) == there
 
 
 def test_trust_without_a_terminal_records_nothing(sshd, project, jetway_here, cli_home, monkeypatch):

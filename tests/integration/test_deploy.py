@@ -8,7 +8,7 @@ import yaml
 from jetway.tasks.tracking.tracker import Tracker
 
 # What libraries warn of is a matter of their tests; the first run's output is checked for noise.
-pytestmark = [pytest.mark.serial, pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.filterwarnings("default")
 
 NOISE = ("Traceback", "Warning", "prefect -", "Error")
 HOST_STAGES = {"load", "analyze", "prune", "finetune", "ptq", "qat", "export", "lower", "verify"}

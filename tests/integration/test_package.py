@@ -22,8 +22,6 @@ from jetway.tasks.store import Store
 from jetway.tasks.target.session import open_target
 from jetway.tasks.workload import Workload
 
-pytestmark = pytest.mark.serial
-
 FILES = {
     "model.engine", "passport.json", "model.onnx", "labels.txt", "infer.py", "benchmark.sh",
     "sample_input.npz", "expected_output.npz", "README.md",

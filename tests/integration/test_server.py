@@ -14,8 +14,6 @@ import pytest
 
 from jetway.flows.server import Server, queue_for, running_server, start_server, stop_server
 
-pytestmark = pytest.mark.serial
-
 IDLE_S = 3.0
 FLOW = """
 import logging, os, sys

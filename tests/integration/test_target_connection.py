@@ -26,8 +26,6 @@ from jetway.tasks.target.connection import Connection
 from jetway.tasks.target.session import TargetSession, open_target
 from jetway.tasks.target.trust import fetch_host_key, record_host_key
 
-pytestmark = pytest.mark.serial
-
 EVIL = [
     "; rm -rf {0}",
     "$(touch {0})",
@@ -97,7 +95,9 @@ def test_much_output_is_cut_and_harmless(session: TargetSession) -> None:
     assert 0 < len(result.stdout) < 60_000_000
 
 
-def test_timeout_ends_the_command_on_the_target(session: TargetSession) -> None:
+def test_timeout_ends_the_command_on_the_target(
+    session: TargetSession, processes: Callable[[str], list[str]]
+) -> None:
     started = time.monotonic()
     with pytest.raises(TargetTimeoutError, match="within 1 s"):
         session.connection.run(["sh", "-c", "echo $$ > /dev/stderr; exec sleep 98.7654"], timeout_s=1)
@@ -244,16 +244,3 @@ def server_of(connection: Connection) -> int:
         while Path(f"/proc/{pid}/comm").read_text().strip() != "sshd":
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return pid
-
-
-def processes(word: str) -> list[str]:
-    """Command lines of live processes that hold the word."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            text = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if word in text:
-            found.append(text)
-    return found

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from jetway.tasks.on_device import lease
 from jetway.tasks.target import jobs
 from jetway.tasks.target.session import TargetSession, open_target
 
-pytestmark = pytest.mark.serial
+Processes = Callable[[str], list[str]]
 
 
 @pytest.fixture(autouse=True)
@@ -83,28 +83,29 @@ def test_unknown_verb(ssh_session: TargetSession) -> None:
         ssh_session.call("nonsense", {})
 
 
-def test_timeout_ends_the_whole_group(session: TargetSession) -> None:
+def test_timeout_ends_the_whole_group(session: TargetSession, processes: Processes) -> None:
     with pytest.raises(TargetTimeoutError, match="longer than 1 s"):
         run(session, {"child": "97.11", "steps": 1, "step_s": 60}, timeout_s=1)
     assert not processes("sleep 97.11")
 
 
-def test_a_child_left_behind_is_ended(ssh_session: TargetSession) -> None:
+def test_a_child_left_behind_is_ended(ssh_session: TargetSession, processes: Processes) -> None:
     run(ssh_session, {"child": "97.22"})
     assert not processes("sleep 97.22")
 
 
-def test_an_error_in_the_callback_ends_the_job(ssh_session: TargetSession) -> None:
+def test_an_error_in_the_callback_ends_the_job(ssh_session: TargetSession, processes: Processes) -> None:
     def fail(line: Any) -> None:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
         ssh_session.run_job("trial", {"child": "97.33", "steps": 1, "step_s": 60}, 90, fail, lease=False)
-    assert_nothing_left(ssh_session, "sleep 97.33")
+    assert not processes("sleep 97.33")
+    assert_no_job_left(ssh_session)
 
 
 def test_interrupt_ends_the_jobs_of_other_threads(
-    ssh_session: TargetSession, monkeypatch: pytest.MonkeyPatch
+    ssh_session: TargetSession, monkeypatch: pytest.MonkeyPatch, processes: Processes
 ) -> None:
     monkeypatch.setattr(jobs, "_interrupted", threading.Event())
     seen = threading.Event()
@@ -115,7 +116,8 @@ def test_interrupt_ends_the_jobs_of_other_threads(
         jobs.interrupt_jobs()
         with pytest.raises(KeyboardInterrupt):
             future.result(20)
-    assert_nothing_left(ssh_session, "sleep 97.44")
+    assert not processes("sleep 97.44")
+    assert_no_job_left(ssh_session)
 
 
 def test_a_dropped_connection_attaches_again(session: TargetSession, tmp_path: Path) -> None:
@@ -133,7 +135,9 @@ def test_a_dropped_connection_attaches_again(session: TargetSession, tmp_path: P
     assert [line["done"] for line in lines] == list(range(10))
 
 
-def test_a_link_down_for_long_is_unreachable(sshd: Any, agent_folder: Path, tmp_path: Path) -> None:
+def test_a_link_down_for_long_is_unreachable(
+    sshd: Any, agent_folder: Path, wait_for_end: Callable[[str, float], None]
+) -> None:
     with open_target(sshd.target(), agent_folder=agent_folder) as session:
 
         def cut(line: Any) -> None:
@@ -150,7 +154,7 @@ def test_a_link_down_for_long_is_unreachable(sshd: Any, agent_folder: Path, tmp_
                 lease=False,
                 reconnect_limit_s=1,
             )
-    until_gone("sleep 97.55", 5)
+    wait_for_end("sleep 97.55", 5)
 
 
 def test_a_job_whose_host_was_away_too_long(sshd: Any, agent_folder: Path) -> None:
@@ -189,14 +193,21 @@ def test_a_reboot_restarts_the_job_once(
     assert count.read_text() == "run\n" * runs
 
 
-def test_a_killed_supervisor_takes_the_worker_along(ssh_session: TargetSession) -> None:
+def test_a_killed_supervisor_takes_the_worker_along(
+    ssh_session: TargetSession, processes: Processes, wait_for_end: Callable[[str, float], None]
+) -> None:
+    killed: list[str] = []
+
     def kill(line: Any) -> None:
         (folder,) = (Path(ssh_session.call("trial", {})["work_dir"]) / "jobs").iterdir()
+        assert len(processes(folder.name)) == 3  # what follows the job, its supervisor and its worker
         os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
+        killed.append(folder.name)
 
     with pytest.raises(RemoteCommandError, match="killed together with its supervisor"):
         ssh_session.run_job("trial", {"steps": 1, "step_s": 60}, 90, kill, lease=False)
-    assert_nothing_left(ssh_session, "trial.never")
+    wait_for_end(killed[0], 5)
+    assert_no_job_left(ssh_session)
 
 
 def test_jobs_take_turns(target: Target, agent_folder: Path) -> None:
@@ -265,7 +276,9 @@ def host(target: Target, agent_folder: Path) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
-def test_kill_of_the_host_leaves_nothing_after_the_grace(host: subprocess.Popen[str], target: Target) -> None:
+def test_kill_of_the_host_leaves_nothing_after_the_grace(
+    host: subprocess.Popen[str], target: Target, processes: Processes
+) -> None:
     owner = lease.read_holder(lease.lease_path("cpu", lease.directory()))
     assert owner is not None
     assert processes("sleep 97.66")
@@ -277,7 +290,9 @@ def test_kill_of_the_host_leaves_nothing_after_the_grace(host: subprocess.Popen[
         time.sleep(0.05)
 
 
-def test_ctrl_c_leaves_nothing_at_once(host: subprocess.Popen[str], session: TargetSession) -> None:
+def test_ctrl_c_leaves_nothing_at_once(
+    host: subprocess.Popen[str], session: TargetSession, processes: Processes
+) -> None:
     owner = lease.read_holder(lease.lease_path("cpu", lease.directory()))
     assert owner is not None
     os.killpg(host.pid, signal.SIGINT)
@@ -285,7 +300,8 @@ def test_ctrl_c_leaves_nothing_at_once(host: subprocess.Popen[str], session: Tar
     assert "KeyboardInterrupt" in errors
     assert not is_held_by(owner["job"])
     assert not processes(owner["job"])
-    assert_nothing_left(session, "sleep 97.66")
+    assert not processes("sleep 97.66")
+    assert_no_job_left(session)
 
 
 def is_held_by(job: str) -> bool:
@@ -307,26 +323,5 @@ def held_spans() -> list[tuple[float, float]]:
     return spans
 
 
-def assert_nothing_left(session: TargetSession, word: str) -> None:
-    assert not processes(word)
+def assert_no_job_left(session: TargetSession) -> None:
     assert os.listdir(Path(session.call("trial", {})["work_dir"]) / "jobs") == []
-
-
-def until_gone(word: str, limit_s: float) -> None:
-    until = time.monotonic() + limit_s
-    while processes(word):
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
-def processes(word: str) -> list[str]:
-    """Command lines of live processes that hold the word."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            text = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if word in text and str(os.getpid()) != path.parts[2]:
-            found.append(text)
-    return found

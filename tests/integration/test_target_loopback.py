@@ -21,8 +21,6 @@ from jetway.tasks.target.connection import Connection
 from jetway.tasks.target.loopback import LoopbackServer
 from jetway.tasks.target.session import TargetSession, as_ssh_host, open_target
 
-pytestmark = pytest.mark.serial
-
 PYTHONS = [
     pytest.param(str(found), id=found.parents[1].name)
     for series in ("3.6", "3.8", "3.10", "3.12")

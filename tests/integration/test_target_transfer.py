@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +15,6 @@ import pytest
 from jetway.tasks.artifacts import OnnxModel, file_sha256
 from jetway.tasks.errors import ArtifactError, RemoteCommandError
 from jetway.tasks.target.session import TargetSession, open_target
-
-pytestmark = pytest.mark.serial
 
 MIB = 1 << 20
 
@@ -141,14 +138,8 @@ def test_a_cut_at_any_byte_leaves_no_partial_file(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a small disk needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def small_disk(mount_disk: Callable[[str], Path]) -> Path:
+    return mount_disk("20m")
 
 
 def test_full_disk_is_found_before_sending(sshd: Any, tmp_path: Path, small_disk: Path) -> None:

@@ -15,8 +15,6 @@ from jetway.tasks.store import Store
 from jetway.tasks.tracking.index import MlflowStageIndex, used_keys
 from jetway.tasks.tracking.tracker import Tracker
 
-pytestmark = pytest.mark.serial
-
 FIRST_USE = """
 from jetway.tasks.tracking.tracker import Tracker
 tracker = Tracker()

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from jetway.configs.schema import TrainConfig, WorkloadConfig
@@ -40,7 +39,6 @@ load.fn(context, None, TrainConfig.model_validate_json(training))
 """
 
 
-@pytest.mark.serial
 def test_a_killed_training_resumes_to_the_same_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setenv("JETWAY_HOME", str(tmp_path / "killed"))
     arguments = [

@@ -1,11 +1,14 @@
 """Networks as ONNX files, and a folder of their own for verbs that run in this process."""
 
+import subprocess
 import warnings
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from doubles.board import Board
 from onnx import helper
 from torch import nn
 
@@ -125,3 +128,26 @@ class Workplace:
         path = self.folder / f"{operator}.onnx"
         onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
         return path
+
+
+@pytest.fixture
+def nvml_double(tmp_path, monkeypatch):
+    """NVML is the double, here and in processes that are started from here."""
+    library = tmp_path / "libnvidia-ml.so.1"
+    source = Path(__file__).parents[1] / "doubles/nvml_double.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    monkeypatch.setenv("JETWAY_LIBNVML", str(library))
+    return str(library)
+
+
+@pytest.fixture
+def board(tmp_path, monkeypatch):
+    """``board("Nano JP4.6")``: this process runs on a fake board; tests/doubles/board.py lists them."""
+
+    def make(name):
+        made = Board(tmp_path / "board", name)
+        for variable, value in made.environment.items():
+            monkeypatch.setenv(variable, value)
+        return made
+
+    return make

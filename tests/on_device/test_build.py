@@ -1,6 +1,5 @@
 import json
 import os
-import subprocess
 import warnings
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from onnx import TensorProto, helper
 
 from jetway.tasks.on_device import machine, onnxruntime_engine, passport
 from jetway.tasks.on_device.errors import DeviceError
+from jetway.tasks.on_device.onnx_file import OnnxFile
 from jetway.tasks.on_device.onnxruntime_engine import OnnxRuntimeSession, load_options
 
 
@@ -23,9 +23,9 @@ def test_passport_says_what_the_engine_is(workplace, networks):
     assert facts["onnx_sha256"] == passport.file_sha256(str(networks["conv"]))
     assert facts["platform"]["engine_version"] == onnxruntime.__version__
     assert facts["platform"]["instruction_sets"] == machine.cpu()["instruction_sets"]
-    assert facts["session_options"]["graph_optimization_level"] == "ORT_ENABLE_ALL"
-    assert facts["session_options"]["intra_op_num_threads"] == 1
-    assert facts["session_options"]["config_entries"]["session.intra_op.allow_spinning"] == "0"
+    assert facts["options"]["graph_optimization_level"] == "ORT_ENABLE_ALL"
+    assert facts["options"]["intra_op_num_threads"] == 1
+    assert facts["options"]["config_entries"]["session.intra_op.allow_spinning"] == "0"
     assert facts["provenance"] == {"parents": ["abc"]}
     assert facts["build_s"] > 0
     assert facts["integer_macs_ratio"] == 0.0
@@ -47,7 +47,7 @@ def test_engine_gives_what_a_plain_session_gives(workplace, networks):
     inputs = {"image": np.random.default_rng(1).standard_normal((1, 1, 24, 24), dtype=np.float32)}
     built = workplace.build(networks["conv"], workplace.images(1))
     plain = onnxruntime.InferenceSession(networks["conv"], providers=["CPUExecutionProvider"])
-    engine = OnnxRuntimeSession(built["engine"], load_options(1))
+    engine = OnnxRuntimeSession(built["engine"], load_options({"threads": 1}))
     np.testing.assert_allclose(engine.run(inputs)[0], plain.run(None, inputs)[0], rtol=1e-5, atol=1e-6)
 
 
@@ -95,7 +95,7 @@ def test_other_threads_give_another_engine(workplace, networks):
     one = workplace.build(networks["conv"], workplace.images(1))
     two = workplace.build(networks["conv"], workplace.images(1), threads=2)
     assert two["engine"] != one["engine"]
-    assert two["passport"]["session_options"]["intra_op_num_threads"] == 2
+    assert two["passport"]["options"]["intra_op_num_threads"] == 2
 
 
 def test_a_raised_revision_builds_anew(workplace, networks):
@@ -198,16 +198,8 @@ def test_memory_that_cannot_be_had_is_out_of_memory(workplace):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], capture_output=True, check=False
-    ).returncode:
-        pytest.skip("may not mount a small disk here")
-    yield folder
-    os.chdir("/")
-    subprocess.run(["umount", str(folder)], check=True)
+def small_disk(mount_disk):
+    return mount_disk("300k")
 
 
 def test_full_disk_is_told_before_the_build(workplace, networks, small_disk):
@@ -257,3 +249,94 @@ def test_old_engines_are_swept(workplace, networks):
 def test_exact_int8_kernels_only_where_the_others_saturate(architecture, int8, exact):
     entries = onnxruntime_engine.config_entries({"architecture": architecture, "int8_instruction_sets": int8})
     assert ("session.x64quantprecision" in entries) is exact
+
+
+def test_an_execution_provider_that_is_not_there_is_refused(workplace, networks):
+    asked = {"providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+    with pytest.raises(
+        DeviceError, match=r"has no CUDAExecutionProvider; it has .*CPUExecutionProvider"
+    ) as caught:
+        workplace.build(networks["conv"], workplace.images(1), options=asked)
+    assert caught.value.kind == "mismatch"
+
+
+def test_the_passport_says_which_provider_ran_what(workplace, networks):
+    facts = workplace.build(networks["conv"], workplace.images(1))["passport"]
+    assert facts["options"]["providers"] == ["CPUExecutionProvider"]
+    assert facts["placement"] == {"CPUExecutionProvider": sum(facts["operators"].values())}
+
+
+class GpuRuntime:
+    """ONNX Runtime with GPU providers, as far as choosing them goes; the real one is not on the test machine."""
+
+    __version__ = "1.18.0"
+    started = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
+
+    def __init__(self):
+        self.asked = []
+
+    def get_available_providers(self):
+        return ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def InferenceSession(self, path, native, providers):
+        self.asked = providers
+        return self
+
+    def get_providers(self):
+        return self.started
+
+
+@pytest.fixture
+def gpu_runtime(monkeypatch):
+    runtime = GpuRuntime()
+    monkeypatch.setattr(onnxruntime_engine, "import_engine", lambda: runtime)
+    return runtime
+
+
+def test_what_a_provider_cannot_run_goes_to_the_next(gpu_runtime):
+    providers_of = onnxruntime_engine.providers_of
+    assert providers_of({}) == ["CPUExecutionProvider"]
+    assert providers_of({"providers": ["CUDAExecutionProvider"]})[-1] == "CPUExecutionProvider"
+    assert providers_of({"providers": ["TensorrtExecutionProvider"]}) == list(gpu_runtime.started)
+
+
+def test_a_provider_that_onnxruntime_could_not_start_is_an_error(gpu_runtime):
+    options = {"providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+    onnxruntime_engine._open("model", None, options)
+    gpu_runtime.started = ("CPUExecutionProvider",)
+    with pytest.raises(DeviceError, match="could not start its CUDAExecutionProvider") as caught:
+        onnxruntime_engine._open("model", None, options)
+    assert caught.value.kind == "mismatch"
+
+
+def test_the_tensorrt_provider_keeps_what_it_compiles_beside_the_engine(gpu_runtime, workplace, networks):
+    request = {
+        "threads": 1,
+        "onnx": str(networks["conv"]),
+        "options": {"providers": ["TensorrtExecutionProvider"]},
+    }
+    options = onnxruntime_engine.load_options(request)
+    assert options["graph_optimization_level"] == "ORT_ENABLE_ALL"
+    onnxruntime_engine._open("/work/a.engine", None, options)
+    assert dict(gpu_runtime.asked)["TensorrtExecutionProvider"] == {
+        "trt_engine_cache_enable": "True", "trt_engine_cache_path": "/work/a.engine.tensorrt",
+    }  # fmt: skip
+    onnxruntime_engine.build(request, "copy.engine", print)
+    assert Path("copy.engine").read_bytes() == networks["conv"].read_bytes()
+
+
+def test_the_tensorrt_provider_is_told_of_types_in_the_file(workplace, networks):
+    int8 = OnnxFile(str(quantized(networks["conv"], workplace.folder)))
+    assert onnxruntime_engine.tensorrt_flags(int8) == {"trt_int8_enable": "True"}
+    assert onnxruntime_engine.tensorrt_flags(OnnxFile(str(networks["conv"]))) == {}
+
+
+def test_old_folders_are_swept_too(workplace, networks):
+    built = workplace.build(networks["conv"], workplace.images(1))
+    compiled = Path(built["engine"] + ".tensorrt")
+    compiled.mkdir()
+    (compiled / "part").touch()
+    os.utime(compiled, (0, 0))
+    workplace.build(workplace.one_node("Relu"), workplace.save("x", x=np.zeros(4, dtype=np.float32)))
+    assert not compiled.exists()
+    assert Path(built["engine"]).exists()

@@ -7,6 +7,7 @@ from torch import nn
 
 from jetway.tasks.on_device import evaluate, passport
 from jetway.tasks.on_device.errors import DeviceError
+from jetway.tasks.on_device.tensors import Tensor
 
 
 def run(workplace, onnx_path, example, *inputs):
@@ -83,19 +84,20 @@ def test_inputs_and_outputs_of_other_types(workplace):
 
 
 def test_inputs_that_disagree_on_the_samples_are_refused():
-    with pytest.raises(DeviceError, match="disagree"):
-        evaluate._sample_count({"a": np.zeros((2, 1)), "b": np.zeros((3, 1))})
+    for other in (np.zeros((3, 1)), np.zeros(())):
+        with pytest.raises(DeviceError, match="disagree"):
+            evaluate._sample_count({"a": Tensor.of(np.zeros((2, 1))), "b": Tensor.of(other)})
 
 
 def test_an_output_of_one_sample_may_have_any_shape():
     """Detections, whose number differs from sample to sample, come without a batch dimension."""
-    found = evaluate._rows("boxes", np.zeros((7, 4)), 1, {"image": np.zeros((1, 3))})
+    found = evaluate._rows("boxes", Tensor.of(np.zeros((7, 4))), 1, 1)
     assert found.shape == (1, 7, 4)
 
 
 def test_an_output_without_its_batch_is_refused():
     with pytest.raises(DeviceError, match="'boxes'"):
-        evaluate._rows("boxes", np.zeros((7, 4)), 2, {"image": np.zeros((2, 3))})
+        evaluate._rows("boxes", Tensor.of(np.zeros((7, 4))), 2, 2)
 
 
 def test_a_corrupt_engine_scores_nothing(workplace, networks):

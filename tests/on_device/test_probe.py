@@ -16,7 +16,7 @@ OLD_PYTHONS = sorted(Path.home().glob(".pyenv/versions/3.6.*/bin/python"))
 IN_OLD_PYTHON = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from jetway.tasks.on_device import benchmark, build, errors, evaluate, memory, passport
+from jetway.tasks.on_device import benchmark, build, errors, evaluate, latency, memory, passport
 from jetway.tasks.on_device import probe, statistics, tensors
 with tensors.TensorWriter("t.safetensors") as writer:
     writer.add_bytes("x", "I64", [2], b"\\0" * 16)
@@ -27,7 +27,7 @@ except errors.DeviceError as exc:
     refused = exc.to_json()
 print(json.dumps({
     "probe": probe.run({}, print), "header": header, "refused": refused,
-    "median": statistics.median([1, 2]), "clock": benchmark.clock_ns() > 0,
+    "median": statistics.median([1, 2]), "clock": latency.clock_ns() > 0,
 }))
 """
 

@@ -1,3 +1,7 @@
+import mmap
+import os
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -40,12 +44,48 @@ def test_writer_makes_what_the_safetensors_package_reads(tmp_path):
 
 def test_reader_reads_what_the_safetensors_package_writes():
     save_file(ARRAYS, "given.safetensors")
-    same(tensors.read_tensors("given.safetensors"), ARRAYS)
+    read = tensors.read_tensors("given.safetensors")
+    same({name: tensor.numpy() for name, tensor in read.items()}, ARRAYS)
 
 
-def test_arrays_are_mapped_and_not_loaded():
+def test_tensors_are_mapped_and_not_loaded():
     save_file(ARRAYS, "given.safetensors")
-    assert isinstance(tensors.read_tensors("given.safetensors")["image"].base, np.memmap)
+    image = tensors.read_tensors("given.safetensors")["image"]
+    assert isinstance(image.data.obj, mmap.mmap)
+    assert image.numpy().base is not None
+    assert not image.numpy().flags.writeable
+
+
+def test_a_tensor_of_an_array_is_its_bytes():
+    for array in ARRAYS.values():
+        tensor = tensors.Tensor.of(array)
+        assert tensor.shape == array.shape
+        assert bytes(tensor.data) == array.tobytes()
+        np.testing.assert_array_equal(tensor.numpy(), array)
+    across = ARRAYS["image"].transpose(2, 0, 1)
+    np.testing.assert_array_equal(tensors.Tensor.of(across).numpy(), across)
+    np.testing.assert_array_equal(tensors.Tensor.of(across.astype(">f4")).numpy(), across)
+
+
+def test_rows_share_the_bytes_and_repeat_the_last_beyond_the_end():
+    image = tensors.Tensor.of(ARRAYS["tokens"])
+    np.testing.assert_array_equal(image.rows(1, 2).numpy(), [[3, 4]])
+    np.testing.assert_array_equal(image.rows(0, 2).numpy(), ARRAYS["tokens"])
+    np.testing.assert_array_equal(image.rows(1, 4).numpy(), [[3, 4]] * 3)
+
+
+def test_types_that_numpy_lacks_are_bytes_all_the_same():
+    save_torch({"image": torch.tensor([1.0, -2.0], dtype=torch.bfloat16)}, "given.safetensors")
+    image = tensors.read_tensors("given.safetensors")["image"]
+    assert (image.dtype, image.shape, bytes(image.data)) == ("BF16", (2,), b"\x80\x3f\x00\xc0")
+
+
+def test_a_cut_file_is_named():
+    save_file(ARRAYS, "given.safetensors")
+    os.truncate("given.safetensors", os.path.getsize("given.safetensors") - 8)
+    with pytest.raises(DeviceError, match=r"given\.safetensors.*bytes") as caught:
+        tensors.read_tensors("given.safetensors")
+    assert caught.value.kind == "bad_request"
 
 
 def test_a_failing_block_leaves_no_file(tmp_path):
@@ -70,5 +110,13 @@ def test_a_broken_file_is_named(tmp_path, data):
 
 def test_a_type_that_numpy_lacks_is_refused_by_name():
     save_torch({"image": torch.zeros(2, dtype=torch.bfloat16)}, "given.safetensors")
-    with pytest.raises(DeviceError, match=r"'image'.*BF16"):
+    with pytest.raises(DeviceError, match="BF16") as caught:
+        tensors.read_tensors("given.safetensors")["image"].numpy()
+    assert caught.value.kind == "bad_request"
+
+
+def test_a_type_that_nothing_takes_is_refused_by_name(tmp_path):
+    header = b'{"odd":{"dtype":"C64","shape":[1],"data_offsets":[0,8]}}'
+    (tmp_path / "given.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
+    with pytest.raises(DeviceError, match=r"'odd'.*C64"):
         tensors.read_tensors("given.safetensors")

@@ -1,20 +1,68 @@
-"""A small network, and a target to put it on: the loopback, through its real SSH server."""
+"""What stages are tried with: small workloads, contexts, and the loopback target through its real SSH server."""
 
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from jetway.configs.schema import Target
+from jetway.configs.schema import Target, WorkloadConfig
 from jetway.tasks.artifacts import OnnxModel
 from jetway.tasks.stage import StageContext
 from jetway.tasks.store import Store
 from jetway.tasks.target.session import open_target
-from jetway.tasks.workload import Workload
+from jetway.tasks.workload import Workload, load_workload
 
 LOOPBACK = Target(name="loopback", kind="loopback")
+USER_PROJECT = Path(__file__).parent / "user_project"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """One thread and one seed, whatever ran before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def small_workload():
+    """Makes the workload of the user's project; its options choose among the small networks."""
+
+    def make(**options):
+        config = WorkloadConfig(class_path="small_networks:SmallWorkload", options=options)
+        return load_workload(config, search_path=[USER_PROJECT])
+
+    return make
+
+
+class MemoryIndex:
+    """Finished stages, in this process."""
+
+    def __init__(self):
+        self.outputs = {}
+
+    def find(self, key):
+        return self.outputs.get(key)
+
+    def record(self, key, stage, output, seconds):
+        self.outputs[key] = output
+
+
+@pytest.fixture(scope="session")
+def make_context():
+    """Makes a context with its files in a folder, which with ``reuse`` finds its finished stages again."""
+
+    def make(workload, folder, *, reuse=False, **values):
+        index = MemoryIndex() if reuse else None
+        folders = {"store": Store(folder / "store"), "work_dir": folder / "work"}
+        return StageContext(workload, **folders, threads=1, index=index, **values)
+
+    return make
 
 
 class TinyNet(nn.Module):

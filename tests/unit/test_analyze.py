@@ -1,28 +1,16 @@
-from pathlib import Path
-
 import pytest
 import torch
 
-from jetway.configs.schema import AnalyzeConfig, WorkloadConfig
+from jetway.configs.schema import AnalyzeConfig
 from jetway.tasks.analyze import _record_activations, analyze_network
 from jetway.tasks.checkpoint import save_checkpoint
-from jetway.tasks.stage import StageContext
-from jetway.tasks.store import Store
-from jetway.tasks.workload import load_workload
-
-USER_PROJECT = Path(__file__).parent / "user_project"
 
 
 @pytest.fixture(scope="module")
-def analysis(tmp_path_factory):
+def analysis(small_workload, make_context, tmp_path_factory):
+    workload, steps = small_workload(), []
     folder = tmp_path_factory.mktemp("analysis")
-    workload = load_workload(
-        WorkloadConfig(class_path="small_networks:SmallWorkload"), search_path=[USER_PROJECT]
-    )
-    steps = []
-    context = StageContext(
-        workload, Store(folder / "store"), work_dir=folder, progress=lambda *step: steps.append(step)
-    )
+    context = make_context(workload, folder, progress=lambda *step: steps.append(step))
     baseline = save_checkpoint(context.store, workload.network(), structure=None)
     output = analyze_network(context, baseline, AnalyzeConfig(latency_runs=3))
     return context.store, output, steps

@@ -10,6 +10,7 @@ from jetway.tasks.build import build_engine
 from jetway.tasks.canary import canary_inputs, canary_onnx
 from jetway.tasks.errors import ArtifactError
 from jetway.tasks.measurement import BenchmarkResult
+from jetway.tasks.passes import read_series
 
 pytestmark = pytest.mark.serial
 
@@ -54,6 +55,33 @@ def test_every_query_is_kept(deployed, engines, result):
     for name in engines:
         counted = ~np.isin(samples[f"{name}.round"], result.excluded_rounds)
         assert counted.sum() == result.variants[name].latency.count
+
+
+def test_the_sensors_of_the_session_are_kept(deployed, result):
+    times_s, columns = read_series(deployed.context.store.open(result.telemetry.samples))
+    assert times_s == sorted(times_s)
+    assert all(len(values) == len(times_s) for values in columns.values())
+    assert max(columns["memory_used_mib"]) > 0
+    assert result.telemetry.summary["samples"] >= len(times_s)
+
+
+def test_a_real_machine_is_not_simulated(result):
+    assert result.simulated is False
+    assert result.in_flight == {}
+    assert result.power is None
+
+
+def test_notes_tell_what_a_board_was_left_with(result):
+    left = result.model_copy(update={"power_mode": {"asked": "15W", "restored": "sudo asks for a password"}})
+    assert "not as before: sudo asks" in left.notes("baseline-fp32")[-1]
+    back = result.model_copy(update={"power_mode": {"asked": "15W", "restored": True}})
+    assert not any("as before" in note for note in back.notes("baseline-fp32"))
+
+
+def test_notes_tell_what_was_asked_for_and_is_missing(result):
+    failed = result.model_copy(update={"trtexec": {"baseline-fp32": {"failed": "exit status 1"}}})
+    assert failed.notes("baseline-fp32")[0] == "no cross-check, trtexec failed: exit status 1"
+    assert failed.metrics("baseline-fp32")["trtexec_gpu_compute_ratio"] is None
 
 
 def test_the_result_is_json(result):

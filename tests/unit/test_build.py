@@ -3,13 +3,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from jetway.configs.schema import BuildConfig, Target
+from jetway.configs.schema import BuildConfig, Target, TensorRtConfig
 from jetway.tasks.artifacts import Engine, OnnxModel, file_sha256
 from jetway.tasks.build import build, build_engine
 from jetway.tasks.errors import BuildError, TargetMismatchError, TargetUnreachableError
 from jetway.tasks.remote import example_inputs, pull_file, push_handle, save_inputs
-
-pytestmark = pytest.mark.serial
 
 LOOPBACK = Target(name="loopback", kind="loopback")
 
@@ -49,7 +47,15 @@ def test_a_build_shows_under_the_name_that_it_ends_with(deployed, monkeypatch):
     monkeypatch.setenv("JETWAY_HOME", str(deployed.home))
     names = set()
     monkeypatch.setattr(deployed.context, "progress", lambda stage, *step: names.add(stage))
-    build.fn(deployed.context, LOOPBACK, deployed.onnx, BuildConfig(revision=3), variant="baseline-fp32")
+    build.fn(
+        deployed.context,
+        LOOPBACK,
+        deployed.onnx,
+        BuildConfig(revision=3),
+        TensorRtConfig(),
+        backend=LOOPBACK.own_backend,
+        variant="baseline-fp32",
+    )
     assert names == {deployed.context.finished[-1].name}
 
 
@@ -77,7 +83,7 @@ def test_transfers_of_small_files_are_not(deployed, monkeypatch):
 
 def test_threads_of_the_recipe_are_the_sessions(deployed):
     engine = build_engine(deployed.context, deployed.session, deployed.onnx, BuildConfig(threads=2))
-    assert engine.metadata["session_options"]["intra_op_num_threads"] == 2
+    assert engine.metadata["options"]["intra_op_num_threads"] == 2
 
 
 def test_example_inputs_follow_the_seed(deployed):

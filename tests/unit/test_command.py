@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import pytest
 
@@ -27,3 +29,22 @@ def test_clean_wants_a_positive_number(number: str, capsys: pytest.CaptureFixtur
         main(["clean", f"--keep={number}"])
     assert caught.value.code == 2
     assert "positive number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["run"], 2), (["run", "no-such-recipe"], 2)]
+)
+def test_the_process_ends_with_its_exit_code(arguments: list[str], code: int) -> None:
+    ended = subprocess.run([sys.executable, "-m", "jetway.flows", *arguments], capture_output=True, text=True)
+    assert ended.returncode == code
+    assert (ended.stdout or ended.stderr).strip()
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_process_runs_its_exit_handlers_and_flushes_before_it_ends() -> None:
+    program = (
+        "from jetway.flows.__main__ import Ending; import atexit\n"
+        "ending = Ending(); ending.code = 7; atexit.register(print, 'handled')"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout.strip()) == (7, "handled")

@@ -15,8 +15,6 @@ from jetway.tasks.errors import ArtifactError, TargetMismatchError, WorkloadErro
 from jetway.tasks.evaluate import evaluate, evaluate_engine, export_inputs
 from jetway.tasks.workload import evaluate_network
 
-pytestmark = pytest.mark.serial
-
 LOOPBACK = Target(name="loopback", kind="loopback")
 
 

@@ -14,18 +14,10 @@ from jetway.tasks.checkpoint import save_checkpoint
 from jetway.tasks.errors import ConfigError, ExportError
 from jetway.tasks.export import export_onnx
 from jetway.tasks.qat import quantize_ptq
-from jetway.tasks.stage import StageContext
-from jetway.tasks.store import Store
 from jetway.tasks.workload import Workload
 from jetway.tasks.workloads.digits import DigitsClassifier
 
 SMALL = {"size": 16, "widths": (16, 16, 32), "blocks": 1}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
 
 
 class Brought(Workload):
@@ -49,8 +41,9 @@ class Brought(Workload):
         return outputs[self.output_names[0]].sum()
 
 
-def context(workload, tmp_path):
-    return StageContext(workload, Store(tmp_path / "store"), threads=1, work_dir=tmp_path / "work")
+@pytest.fixture
+def ctx(make_context, tmp_path):
+    return make_context(DigitsClassifier(**SMALL), tmp_path)
 
 
 def exported(ctx, config=ExportConfig(), precision=Precision.FP32):  # noqa: B008
@@ -83,10 +76,10 @@ class TwoInTwoOut(nn.Module):
         return {"extra": hidden * 2, "hidden": hidden, "logits": self.linear(hidden)}
 
 
-def test_export_carries_the_names_and_dtypes_of_the_workload(tmp_path):
+def test_export_carries_the_names_and_dtypes_of_the_workload(make_context, tmp_path):
     inputs = {"tokens": torch.randint(0, 5, (2, 6)), "scale": torch.rand(2, 1)}
     workload = Brought(TwoInTwoOut().eval(), inputs, ("logits", "hidden"))
-    ctx = context(workload, tmp_path)
+    ctx = make_context(workload, tmp_path)
     handle = exported(ctx)
     graph = model_of(ctx, handle).graph
     assert [(v.name, v.type.tensor_type.elem_type, shape_of(v)) for v in graph.input] == [
@@ -102,8 +95,7 @@ def test_export_carries_the_names_and_dtypes_of_the_workload(tmp_path):
 
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8_PTQ])
-def test_export_leaves_the_batch_open_when_asked(tmp_path, precision):
-    ctx = context(DigitsClassifier(**SMALL), tmp_path)
+def test_export_leaves_the_batch_open_when_asked(ctx, precision):
     handle = exported(ctx, ExportConfig(dynamic_batch=True), precision)
     graph = model_of(ctx, handle).graph
     assert shape_of(graph.input[0]) == ["batch", 1, 16, 16]
@@ -112,16 +104,14 @@ def test_export_leaves_the_batch_open_when_asked(tmp_path, precision):
         assert run(ctx, handle, {"image": torch.zeros(batch, 1, 16, 16)})[0].shape == (batch, 10)
 
 
-def test_export_fixes_the_batch_otherwise(tmp_path):
-    ctx = context(DigitsClassifier(**SMALL), tmp_path)
+def test_export_fixes_the_batch_otherwise(ctx):
     handle = exported(ctx)
     assert shape_of(model_of(ctx, handle).graph.input[0]) == [1, 1, 16, 16]
     assert handle.metadata["inputs"] == {"image": [1, 1, 16, 16]}
 
 
 @pytest.mark.parametrize("opset", [13, 17, 20])
-def test_export_writes_the_opset_of_the_recipe(tmp_path, opset):
-    ctx = context(DigitsClassifier(**SMALL), tmp_path)
+def test_export_writes_the_opset_of_the_recipe(ctx, opset):
     handle = exported(ctx, ExportConfig(opset=opset), Precision.INT8_PTQ)
     model = model_of(ctx, handle)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
@@ -130,8 +120,7 @@ def test_export_writes_the_opset_of_the_recipe(tmp_path, opset):
 
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8_PTQ])
-def test_export_gives_the_same_bytes_again(tmp_path, precision):
-    ctx = context(DigitsClassifier(**SMALL), tmp_path)
+def test_export_gives_the_same_bytes_again(ctx, precision):
     checkpoint = save_checkpoint(ctx.store, ctx.workload.network(), structure=None)
     if precision is Precision.INT8_PTQ:
         checkpoint = quantize_ptq(ctx, checkpoint, QatConfig()).handle
@@ -139,8 +128,7 @@ def test_export_gives_the_same_bytes_again(tmp_path, precision):
     assert first == second
 
 
-def test_export_of_int8_has_explicit_qdq_int8_weights_and_no_batchnorm(tmp_path):
-    ctx = context(DigitsClassifier(**SMALL), tmp_path)
+def test_export_of_int8_has_explicit_qdq_int8_weights_and_no_batchnorm(ctx):
     floating, quantized = exported(ctx), exported(ctx, precision=Precision.INT8_PTQ)
     graph = model_of(ctx, quantized).graph
     operators = [node.op_type for node in graph.node]
@@ -157,15 +145,13 @@ def test_export_of_int8_has_explicit_qdq_int8_weights_and_no_batchnorm(tmp_path)
     assert quantized.metadata["macs"] == floating.metadata["macs"]
 
 
-def test_export_of_float_folds_batchnorm_too(tmp_path):
-    ctx = context(DigitsClassifier(**SMALL), tmp_path)
+def test_export_of_float_folds_batchnorm_too(ctx):
     graph = model_of(ctx, exported(ctx)).graph
     assert "BatchNormalization" not in {node.op_type for node in graph.node}
 
 
 @pytest.mark.parametrize("opset", [21, 23])
-def test_export_refuses_an_opset_that_it_cannot_write(tmp_path, opset):
-    ctx = context(DigitsClassifier(**SMALL), tmp_path)
+def test_export_refuses_an_opset_that_it_cannot_write(ctx, opset):
     with pytest.raises(ConfigError, match=r"export\.opset.*20"):
         exported(ctx, ExportConfig().model_copy(update={"opset": opset}))
 
@@ -184,8 +170,8 @@ class Strange(nn.Module):
         return self.odd(self.first(x))
 
 
-def test_export_names_the_operator_that_onnx_lacks_and_its_module(tmp_path, capfd):
-    ctx = context(Brought(Strange(), {"x": torch.zeros(1, 4)}), tmp_path)
+def test_export_names_the_operator_that_onnx_lacks_and_its_module(make_context, tmp_path, capfd):
+    ctx = make_context(Brought(Strange(), {"x": torch.zeros(1, 4)}), tmp_path)
     with pytest.raises(ExportError, match=r"bessel_j0.*used in odd.*other operators"):
         exported(ctx)
     assert capfd.readouterr() == ("", "")
@@ -198,14 +184,13 @@ class Eager(nn.Module):
         return x
 
 
-def test_export_says_why_a_network_cannot_be_traced(tmp_path):
-    ctx = context(Brought(Eager(), {"x": torch.zeros(1, 4)}), tmp_path)
+def test_export_says_why_a_network_cannot_be_traced(make_context, tmp_path):
+    ctx = make_context(Brought(Eager(), {"x": torch.zeros(1, 4)}), tmp_path)
     with pytest.raises(ExportError, match=r"cannot be traced into ONNX: NotImplementedError.*eagerly only"):
         exported(ctx)
 
 
-def test_export_is_silent(tmp_path, capfd):
-    ctx = context(DigitsClassifier(**SMALL), tmp_path)
+def test_export_is_silent(ctx, capfd):
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         exported(ctx, precision=Precision.INT8_PTQ)

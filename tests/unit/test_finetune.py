@@ -1,44 +1,20 @@
-from pathlib import Path
-
 import pytest
 import torch
 
-from jetway.configs.schema import DistillationConfig, FinetuneConfig, PruneConfig, TrainConfig, WorkloadConfig
+from jetway.configs.schema import DistillationConfig, FinetuneConfig, PruneConfig, TrainConfig
 from jetway.tasks.checkpoint import checkpoint_record, load_network
 from jetway.tasks.errors import ConfigError
 from jetway.tasks.finetune import finetune, finetune_network
 from jetway.tasks.load import load_baseline
 from jetway.tasks.prune import prune_network
-from jetway.tasks.stage import StageContext
-from jetway.tasks.store import Store
 from jetway.tasks.training import evaluate
-from jetway.tasks.workload import load_workload
-
-USER_PROJECT = Path(__file__).parent / "user_project"
-
-
-class Memory:
-    """The index of finished stages, in this process."""
-
-    def __init__(self):
-        self.outputs = {}
-
-    def find(self, key):
-        return self.outputs.get(key)
-
-    def record(self, key, stage, output, seconds):
-        self.outputs[key] = output
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(small_workload, make_context, tmp_path_factory):
     """A context, a trained baseline and the same pruned."""
-    folder = tmp_path_factory.mktemp("finetune")
+    context = make_context(small_workload(), tmp_path_factory.mktemp("finetune"))
     torch.manual_seed(0)
-    workload = load_workload(
-        WorkloadConfig(class_path="small_networks:SmallWorkload"), search_path=[USER_PROJECT]
-    )
-    context = StageContext(workload, Store(folder / "store"), work_dir=folder / "work", threads=1)
     baseline = load_baseline(context, None, TrainConfig(epochs=6, batch_size=16, learning_rate=3e-3))
     pruned = prune_network(context, baseline.handle, PruneConfig(), FinetuneConfig())
     return context, baseline, pruned
@@ -84,15 +60,11 @@ def test_no_epochs_hand_on_the_pruned_weights(trained):
     assert output.metrics == {"top1": pruned.metrics["top1"]}
 
 
-def test_the_teacher_is_part_of_the_key_only_where_it_teaches(trained, tmp_path, monkeypatch):
-    monkeypatch.setenv("JETWAY_HOME", str(tmp_path))
+def test_the_teacher_is_part_of_the_key_only_where_it_teaches(trained, make_context):
     context, baseline, pruned = trained
-    context.index = Memory()
-    try:
-        taught = FinetuneConfig(epochs=0, distillation=DistillationConfig())
-        plain = FinetuneConfig(epochs=0)
-        for config, teacher in [(plain, baseline), (plain, pruned), (taught, baseline), (taught, pruned)]:
-            finetune.fn(context, pruned.handle, config, teacher.handle)
-    finally:
-        context.index = None
-    assert [stage.cached for stage in context.finished[-4:]] == [False, True, False, False]
+    context = make_context(context.workload, context.store.root.parent, reuse=True)
+    taught = FinetuneConfig(epochs=0, distillation=DistillationConfig())
+    plain = FinetuneConfig(epochs=0)
+    for config, teacher in [(plain, baseline), (plain, pruned), (taught, baseline), (taught, pruned)]:
+        finetune.fn(context, pruned.handle, config, teacher.handle)
+    assert [stage.cached for stage in context.finished] == [False, True, False, False]

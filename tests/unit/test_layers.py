@@ -1,6 +1,7 @@
 """Imports point one way: flows → stages → shared → values → schema and errors."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,17 @@ def sources():
     return sorted(path.relative_to(ROOT) for path in paths)
 
 
+@functools.cache
 def imported_modules(path):
+    found = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             # "from package import module" names a module too
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
 def layer_of(module):

@@ -5,41 +5,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from jetway.configs.schema import FinetuneConfig, PruneConfig, TrainConfig, WorkloadConfig
+from jetway.configs.schema import FinetuneConfig, PruneConfig, TrainConfig
 from jetway.tasks.checkpoint import load_network, save_checkpoint
 from jetway.tasks.errors import ArtifactError, ConfigError, WorkloadError
 from jetway.tasks.load import checkpoint_input, load, load_baseline
 from jetway.tasks.prune import prune_network
-from jetway.tasks.stage import StageContext
-from jetway.tasks.store import Store
 from jetway.tasks.training import evaluate
-from jetway.tasks.workload import load_workload
-
-USER_PROJECT = Path(__file__).parent / "user_project"
-
-
-class Memory:
-    """The index of finished stages, in this process."""
-
-    def __init__(self):
-        self.outputs = {}
-
-    def find(self, key):
-        return self.outputs.get(key)
-
-    def record(self, key, stage, output, seconds):
-        self.outputs[key] = output
 
 
 @pytest.fixture
-def context(tmp_path, monkeypatch):
-    monkeypatch.setenv("JETWAY_HOME", str(tmp_path / "home"))
-    workload = load_workload(
-        WorkloadConfig(class_path="small_networks:SmallWorkload"), search_path=[USER_PROJECT]
-    )
-    return StageContext(
-        workload, Store(tmp_path / "store"), work_dir=tmp_path / "work", threads=1, index=Memory()
-    )
+def context(small_workload, make_context, tmp_path):
+    return make_context(small_workload(), tmp_path, reuse=True)
 
 
 @pytest.fixture
@@ -192,10 +168,11 @@ def test_the_stage_is_redone_when_training_changes(context):
     assert cached == [False, True, False]
 
 
-def test_training_the_stage_twice_gives_the_same_checkpoint(context):
+def test_training_the_stage_twice_gives_the_same_checkpoint(context, make_context, tmp_path):
     first = load.fn(context, None, TrainConfig(epochs=1))
-    context.index = Memory()
-    assert load.fn(context, None, TrainConfig(epochs=1)).handle == first.handle
+    again = make_context(context.workload, tmp_path, reuse=True)
+    assert load.fn(again, None, TrainConfig(epochs=1)).handle == first.handle
+    assert not again.finished[-1].cached
 
 
 def test_the_input_handle_is_the_files_content(network, tmp_path):

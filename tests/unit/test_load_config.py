@@ -5,6 +5,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jetway.configs import recipes as packaged_recipes
 from jetway.configs import targets as packaged_targets
 from jetway.configs.load import (
     apply_override,
@@ -15,7 +16,7 @@ from jetway.configs.load import (
     read_yaml,
     validate,
 )
-from jetway.configs.schema import Recipe, Target
+from jetway.configs.schema import Recipe, Target, Variant
 from jetway.tasks.errors import ConfigError
 
 MINIMAL = {
@@ -74,6 +75,30 @@ def test_override_reaches_a_nested_key(tmp_path):
         ({}, ["train=fast"], ["train: 'fast' is not allowed", "batch_size, epochs"]),
         ({}, ["benchmark.revision=2"], ["benchmark.revision: unknown key", "min_queries"]),
         ({}, ["evaluate.revision=2"], ["evaluate.revision: unknown key", "samples"]),
+        ({"variants": ["baseline-fp32", "pruned-fp16-on-gpu"]}, [], ["pruned-fp16-on-gpu", "-on-ort-cuda"]),
+        (
+            {},
+            ["tensorrt.workspace_mib=[256, 1024]"],
+            ["tensorrt.workspace_mib", "smaller than the one before"],
+        ),
+        ({}, ["tensorrt.optimization_level=6"], ["tensorrt.optimization_level", "less than or equal to 5"]),
+        ({}, ["tensorrt.mixed={head: fp8}"], ["tensorrt.mixed.head", "'fp8'", "'fp16'"]),
+        (
+            {},
+            ["tensorrt.profiles=[{image: {min: [1, 3], opt: [4, 3], max: [2, 3]}}]"],
+            ["tensorrt.profiles", "min <= opt <= max"],
+        ),
+        (
+            {},
+            ["tensorrt.profiles=[{image: {min: [1], opt: [4, 3], max: [4, 3]}}]"],
+            ["as many dimensions"],
+        ),
+        ({}, ["benchmark.scenarios=[throughput]"], ["benchmark.scenarios", "latency must be among them"]),
+        ({}, ["benchmark.power_mode=$(reboot)"], ["benchmark.power_mode", "MAXN"]),
+        ({"gates": ["power_w_mean <= 15"]}, [], ["power_w_mean <= 15", "benchmark.power: {}"]),
+        ({"gates": ["in_flight_samples_per_s >= 30"]}, [], ["benchmark.scenarios: [latency, throughput]"]),
+        ({}, ["benchmark.keep_loaded=sometimes"], ["benchmark.keep_loaded", "'sometimes'"]),
+        ({}, ["tensorrt.dla=true"], ["tensorrt.dla", "core", "gpu_fallback"]),
     ],
 )
 def test_bad_recipe_says_file_key_value_and_fix(tmp_path, changes, overrides, fragments):
@@ -81,6 +106,43 @@ def test_bad_recipe_says_file_key_value_and_fix(tmp_path, changes, overrides, fr
         load_recipe(write(tmp_path, **changes), overrides)
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "stage", "precision", "on"),
+    [
+        ("baseline-fp32", "baseline", "fp32", None),
+        ("pruned-bf16", "pruned", "bf16", None),
+        ("pruned-int8-calibrated", "pruned", "int8-calibrated", None),
+        ("pruned-int8-qat-on-ort-tensorrt", "pruned", "int8-qat", "ort-tensorrt"),
+    ],
+)
+def test_a_variant_is_read_from_its_name_and_written_so(text, stage, precision, on):
+    variant = Variant.model_validate(text)
+    assert (variant.stage, variant.precision, variant.on, variant.name) == (stage, precision, on, text)
+
+
+def test_engines_of_a_variant_are_the_targets_unless_it_names_one():
+    target = Target(name="orin", engine="tensorrt")
+    named = [Variant.model_validate(f"baseline-fp32{on}") for on in ("", "-on-ort-cuda", "-on-ort-cpu")]
+    assert [target.backend(variant).name for variant in named] == [
+        "tensorrt",
+        "onnxruntime-cuda",
+        "onnxruntime",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "name", "leased"),
+    [
+        ({}, "onnxruntime", "onnxruntime"),
+        ({"engine": "tensorrt"}, "tensorrt", "tensorrt"),
+        ({"providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]}, "onnxruntime-cuda", "tensorrt"),
+    ],
+)
+def test_the_lease_is_of_the_gpu_where_one_is_used(keys, name, leased):
+    target = Target(name="box", **keys)
+    assert (target.own_backend.name, target.leased_engine) == (name, leased)
 
 
 def test_unknown_recipe_name_lists_the_known_ones():
@@ -128,7 +190,7 @@ def test_a_file_found_by_name_must_have_that_name(tmp_path):
 
 def test_the_example_target_is_valid_and_no_known_name():
     example = Path(packaged_targets.__file__).parent / "jetson.yaml.example"
-    assert validate(Target, read_yaml(example), source=str(example)).engine == "onnxruntime"
+    assert validate(Target, read_yaml(example), source=str(example)).engine == "tensorrt"
     with pytest.raises(ConfigError, match="Known names: loopback"):
         load_target("jetson")
 
@@ -181,3 +243,11 @@ def test_any_override_gives_values_or_a_config_error(override):
         apply_override(dict(MINIMAL), override)
     except ConfigError as exc:
         assert "--set" in str(exc)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(packaged_recipes.__file__).parent.glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_packaged_recipes_are_valid(path):
+    recipe, _ = load_recipe(path.stem)
+    assert recipe.name == path.stem

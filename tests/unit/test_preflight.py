@@ -5,9 +5,8 @@ import pytest
 
 from jetway.configs.schema import Recipe, Target
 from jetway.tasks.errors import TargetMismatchError
-from jetway.tasks.preflight import TargetInfo, check_target, probe_target
-
-pytestmark = pytest.mark.serial
+from jetway.tasks.preflight import check_target, probe_target
+from jetway.tasks.target_info import TargetInfo
 
 TARGET = Target(name="board", python="/opt/python", work_dir="/data/jetway")
 
@@ -65,9 +64,9 @@ def test_each_refusal_names_the_key_to_change(info, key, changes):
     assert key in refusal(recipe(build={"threads": 2}), changed(info, **changes))
 
 
-def test_tensorrt_is_refused_with_what_to_set(info):
+def test_a_target_without_tensorrt_is_refused(info):
     target = Target(name="jetson", engine="tensorrt")
-    assert "engine: onnxruntime" in refusal(recipe(), info, target)
+    assert "engine: tensorrt is not there" in refusal(recipe(), info, target)
 
 
 def test_all_problems_come_in_one_message(info):

@@ -15,7 +15,6 @@ from jetway.configs.schema import (
     FinetuneConfig,
     Importance,
     PruneConfig,
-    WorkloadConfig,
 )
 from jetway.tasks.channels import (
     Limits,
@@ -29,32 +28,19 @@ from jetway.tasks.checkpoint import checkpoint_record, load_network, save_checkp
 from jetway.tasks.errors import ConfigError, PruningError
 from jetway.tasks.macs import total_macs
 from jetway.tasks.prune import matching_names, prune_inputs, prune_network
-from jetway.tasks.stage import StageContext, stage_key
-from jetway.tasks.store import Store
-from jetway.tasks.workload import load_workload
+from jetway.tasks.stage import stage_key
 
 USER_PROJECT = Path(__file__).parent / "user_project"
 PRUNABLE = ["Residual", "Grouped", "Vit", "VitChunk", "VitSeparate", "Multihead", "Tokens"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
-def start(tmp_path):
+def start(small_workload, make_context, tmp_path):
     """Makes a context and a baseline checkpoint of one of the small networks."""
 
     def make(network, prepare=None):
-        config = WorkloadConfig(class_path="small_networks:SmallWorkload", options={"network": network})
-        workload = load_workload(config, search_path=[USER_PROJECT])
-        context = StageContext(workload, Store(tmp_path / "store"), work_dir=tmp_path / "work", threads=1)
-        module = workload.network().eval()
+        context = make_context(small_workload(network=network), tmp_path)
+        module = context.workload.network().eval()
         if prepare:
             prepare(module)
         return context, save_checkpoint(context.store, module, structure=None)

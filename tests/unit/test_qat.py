@@ -9,16 +9,8 @@ from jetway.tasks.checkpoint import checkpoint_record, save_checkpoint
 from jetway.tasks.errors import ConfigError
 from jetway.tasks.qat import calibration_section, ptq, qat, quantize_ptq, train_qat
 from jetway.tasks.quantization import load_quantized_network
-from jetway.tasks.stage import StageContext
-from jetway.tasks.store import Store
 from jetway.tasks.structure import describe_structure
 from jetway.tasks.workload import Workload
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
 
 
 class Halves(Workload):
@@ -52,23 +44,9 @@ class Halves(Workload):
         return nn.functional.cross_entropy(outputs["output"], target)
 
 
-class Index:
-    """Finished stages, in memory."""
-
-    def __init__(self):
-        self.outputs = {}
-
-    def find(self, key):
-        return self.outputs.get(key)
-
-    def record(self, key, stage, output, seconds):
-        self.outputs[key] = output
-
-
-def context(tmp_path, index=None, workload=None):
-    return StageContext(
-        workload or Halves(), Store(tmp_path / "store"), threads=1, index=index, work_dir=tmp_path / "work"
-    )
+@pytest.fixture
+def ctx(make_context, tmp_path):
+    return make_context(Halves(), tmp_path)
 
 
 def checkpoint_of(ctx, network=None):
@@ -77,8 +55,7 @@ def checkpoint_of(ctx, network=None):
     return save_checkpoint(ctx.store, network.eval(), structure=structure, metadata={"stage": "pruned"})
 
 
-def test_quantize_ptq_reports_metrics_and_lineage(tmp_path):
-    ctx = context(tmp_path)
+def test_quantize_ptq_reports_metrics_and_lineage(ctx):
     floating = checkpoint_of(ctx)
     output = quantize_ptq(ctx, floating, QatConfig())
     assert output.handle.parents == (floating.sha256,)
@@ -87,14 +64,12 @@ def test_quantize_ptq_reports_metrics_and_lineage(tmp_path):
     assert checkpoint_record(ctx.store.open(output.handle)).quantization["quantizers"]
 
 
-def test_quantize_ptq_gives_the_same_checkpoint_again(tmp_path):
-    ctx = context(tmp_path)
+def test_quantize_ptq_gives_the_same_checkpoint_again(ctx):
     floating = checkpoint_of(ctx)
     assert quantize_ptq(ctx, floating, QatConfig()).handle == quantize_ptq(ctx, floating, QatConfig()).handle
 
 
-def test_train_qat_gains_over_ptq_and_keeps_its_ranges(tmp_path):
-    ctx = context(tmp_path)
+def test_train_qat_gains_over_ptq_and_keeps_its_ranges(ctx):
     start = quantize_ptq(ctx, checkpoint_of(ctx), QatConfig())
     output = train_qat(ctx, start.handle, QatConfig(epochs=3, learning_rate=1e-2), None)
     history = ctx.store.load_json(output.files["qat_history.json"])["history"]
@@ -108,16 +83,14 @@ def test_train_qat_gains_over_ptq_and_keeps_its_ranges(tmp_path):
     assert torch.equal(before[0].input_quantizer.amax, after[0].input_quantizer.amax)
 
 
-def test_quantization_carries_the_structure_of_a_pruned_network(tmp_path):
-    ctx = context(tmp_path)
+def test_quantization_carries_the_structure_of_a_pruned_network(ctx):
     narrow = Halves(width=12).network()
     start = quantize_ptq(ctx, checkpoint_of(ctx, narrow), QatConfig())
     output = train_qat(ctx, start.handle, QatConfig(epochs=1), None)
     assert load_quantized_network(ctx.workload, output.handle, ctx.store)[0].out_features == 12
 
 
-def test_train_qat_follows_a_teacher_only_with_distillation(tmp_path):
-    ctx = context(tmp_path)
+def test_train_qat_follows_a_teacher_only_with_distillation(ctx):
     baseline = checkpoint_of(ctx)
     start = quantize_ptq(ctx, baseline, QatConfig()).handle
     config = QatConfig(epochs=1, learning_rate=1e-2)
@@ -138,9 +111,8 @@ def test_calibration_section_ignores_what_only_training_uses():
         assert calibration_section(one) != calibration_section(one.model_copy(update=change))
 
 
-def test_changed_epochs_run_qat_again_and_not_ptq(tmp_path):
-    index = Index()
-    ctx = context(tmp_path, index)
+def test_changed_epochs_run_qat_again_and_not_ptq(make_context, tmp_path):
+    ctx = make_context(Halves(), tmp_path, reuse=True)
     floating = checkpoint_of(ctx)
 
     def pipeline(config):

@@ -25,12 +25,6 @@ from jetway.tasks.workloads.digits import DigitsClassifier
 SMALL = {"size": 16, "widths": (16, 16, 32), "blocks": 1}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-
-
 def section(**changes):
     values = {"calibration": CalibrationMethod.MAX, "percentile": 99.9, "calibration_samples": 32}
     return CalibrationSection(**(values | {"keep_float": ()} | changes))

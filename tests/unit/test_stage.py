@@ -4,24 +4,11 @@ import torch
 from jetway.configs.schema import FinetuneConfig, QatConfig
 from jetway.tasks.artifacts import Report, StageOutput
 from jetway.tasks.stage import StageContext, run_stage, stage_key
-from jetway.tasks.store import Store
-
-
-class MemoryIndex:
-    def __init__(self):
-        self.outputs = {}
-
-    def find(self, key):
-        return self.outputs.get(key)
-
-    def record(self, key, stage, output, seconds):
-        self.outputs[key] = output
 
 
 @pytest.fixture
-def context(tmp_path, monkeypatch):
-    monkeypatch.setenv("JETWAY_HOME", str(tmp_path / "home"))
-    return StageContext(None, Store(), workload_digest="w", seed=3, threads=1, index=MemoryIndex())
+def context(make_context, tmp_path):
+    return make_context(None, tmp_path, reuse=True, workload_digest="w", seed=3)
 
 
 def report(context, value):

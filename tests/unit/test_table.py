@@ -103,6 +103,30 @@ def test_stage_table_marks_what_was_not_measured() -> None:
     assert " - " in line
 
 
+def test_columns_of_a_pass_appear_with_its_figures() -> None:
+    rows = make_rows("orin")
+    assert " mJ " not in render(rows, 160)
+    power = {"power_w_mean": 9.87, "energy_mj_per_inference": 12.3, "in_flight_samples_per_s": 4321.0}
+    rows[1] = rows[1].model_copy(update={"metrics": rows[1].metrics | power})
+    for text in (render(rows, 160), stage_table_markdown(rows, METRICS)):
+        for shown in ("in flight/s", "W", "mJ", "9.87", "12.3", "4,321"):
+            assert shown in text
+
+
+def test_a_simulated_row_says_so() -> None:
+    rows = [row.model_copy(update={"simulated": True}) for row in make_rows("nano")]
+    for text in (render(rows, 120), stage_table_markdown(rows, METRICS)):
+        assert text.count("simulated") == len(rows)
+        assert "NO, simulated" in text
+    assert "simulated" not in render(make_rows("nano"), 120)
+
+
+def test_a_table_names_every_engine_of_its_target() -> None:
+    rows = make_rows("orin")
+    rows[1] = rows[1].model_copy(update={"engine": "tensorrt"})
+    assert "orin: onnxruntime 1.31, tensorrt on AMD" in render(rows, 120)
+
+
 def test_table_notes_name_invalid_measurements_and_missed_gates() -> None:
     notes = table_notes(make_rows("loopback"))
     assert "pruned-int8-ptq on loopback: INVALID measurement: drifted 22 %" in notes
@@ -111,6 +135,20 @@ def test_table_notes_name_invalid_measurements_and_missed_gates() -> None:
         for n in notes
     )
     assert not any("pruned-int8-qat" in note for note in notes)
+
+
+def test_what_holds_for_a_whole_session_is_said_once() -> None:
+    disturbed = Validity(valid=False, reasons=("other processes held the CPU",))
+    rows = [row.model_copy(update={"validity": disturbed, "gates": ()}) for row in make_rows("orin")]
+    assert table_notes(rows) == [
+        f"{', '.join(VARIANTS)} on orin: INVALID measurement: other processes held the CPU"
+    ]
+
+
+def test_notes_of_a_row_are_printed() -> None:
+    rows = make_rows("orin")
+    rows[1] = rows[1].model_copy(update={"notes": ("no power figures: the GPU throttled",)})
+    assert "pruned-fp32 on orin: no power figures: the GPU throttled" in table_notes(rows)
 
 
 def test_stage_table_markdown_has_as_many_cells_in_every_row() -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import inspect
 import shlex
+import socket
 import subprocess
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 
 from jetway.configs.schema import Target
 from jetway.tasks.errors import ConfigError, HostKeyError, TargetError, TargetUnreachableError
-from jetway.tasks.target.connection import translate
+from jetway.tasks.target import connection
+from jetway.tasks.target.connection import WatchedSocket, translate
 from jetway.tasks.target.process import command_line, parse_record, quote, readable
 from jetway.tasks.target.trust import HostKey, fetch_host_key, record_host_key
 
@@ -103,3 +106,14 @@ def test_recording_a_key_replaces_the_host_s_old_one(tmp_path: Path, monkeypatch
         path = record_host_key(key)
     assert path.read_text() == "other ssh-rsa AAAA\n[h]:1 ssh-rsa BBBB\n"
     assert [child.name for child in path.parent.iterdir()] == ["known_hosts"]
+
+
+def test_silence_is_an_error_as_paramiko_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread reads the number of an error of the socket, and dies with a traceback where there is none."""
+    monkeypatch.setattr(connection, "SILENCE_S", 0)
+    ours, peer = socket.socketpair()
+    with ours, peer:
+        ours.settimeout(0.01)
+        with pytest.raises(ConnectionError, match="nothing heard") as caught:
+            WatchedSocket(ours).recv(1)
+    assert caught.value.errno == errno.ETIMEDOUT

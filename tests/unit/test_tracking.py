@@ -24,6 +24,7 @@ from jetway.tasks.tracking.tracker import Tracker
 from jetway.tasks.tracking.values import BOOT_TAG, NOTE_TAG, PARAM_CHARACTERS, flat_params, short_text
 
 KEY = json_sha256("a stage's key")
+NAN = float("nan")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,29 @@ def test_tracker_records_a_parent_and_children_with_the_same_metric_names(tracke
     assert [child.metrics for child in children] == [{"top1": 0.97}] * 2
     assert children[0].tags["recipe"] == "digits"
     assert [record.run_id for record in tracker.pipeline_runs()] == [parent]
+
+
+def test_samples_of_sensors_keep_their_time_and_leave_out_what_was_not_read(tracker: Tracker) -> None:
+    run_id = tracker.start_run("digits")
+    times_s = [100.0 + 0.1 * step for step in range(900)]
+    tracker.log_time_series(
+        run_id,
+        times_s,
+        {"power_w.VDD_IN": [5.0] * 900, "temperature_c.gpu@0 (hot)": [NAN, 40.5] * 450},
+    )
+    power = tracker._client.get_metric_history(run_id, "power_w.VDD_IN")
+    assert len(power) == 900
+    power.sort(key=lambda metric: metric.step)
+    assert power[-1].timestamp - power[0].timestamp == pytest.approx(89_900, abs=2)
+    assert abs(power[-1].timestamp / 1000 - time.time()) < 60
+    warm = tracker._client.get_metric_history(run_id, "temperature_c.gpu_0 _hot_")
+    assert {metric.step % 2 for metric in warm} == {1}
+
+
+def test_no_samples_are_no_series(tracker: Tracker) -> None:
+    run_id = tracker.start_run("digits")
+    tracker.log_time_series(run_id, [], {"power_w.VDD_IN": []})
+    assert tracker.run(run_id).metrics == {}
 
 
 def test_tracker_batches_beyond_mlflows_limits(tracker: Tracker) -> None:

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -11,31 +9,17 @@ from jetway.configs.schema import (
     QatConfig,
     ScheduleName,
     TrainConfig,
-    WorkloadConfig,
 )
 from jetway.tasks.errors import ConfigError, TrainingError, WorkloadError
 from jetway.tasks.metrics import Metric
 from jetway.tasks.stage import StageContext
 from jetway.tasks.store import Store
 from jetway.tasks.training import distillation_loss, evaluate, learning_rate_at, train
-from jetway.tasks.workload import load_workload
-
-USER_PROJECT = Path(__file__).parent / "user_project"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def workload():
-    return load_workload(
-        WorkloadConfig(class_path="small_networks:SmallWorkload"), search_path=[USER_PROJECT]
-    )
+def workload(small_workload):
+    return small_workload()
 
 
 @pytest.fixture

@@ -7,15 +7,21 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from jetway.configs.schema import EngineName, ExportConfig, Precision, QatConfig, VerifyConfig
+from jetway.configs.schema import (
+    BACKENDS,
+    ExportConfig,
+    Precision,
+    QatConfig,
+    TensorRtConfig,
+    VerifyConfig,
+)
 from jetway.tasks.artifacts import OnnxModel
+from jetway.tasks.calibration import calibration_batches
 from jetway.tasks.checkpoint import save_checkpoint
 from jetway.tasks.errors import ExportError, ParityError, QuantizationError
 from jetway.tasks.export import export_onnx
-from jetway.tasks.lower import calibration_feeds, lower_onnx
+from jetway.tasks.lower import lower_onnx
 from jetway.tasks.qat import quantize_ptq
-from jetway.tasks.stage import StageContext
-from jetway.tasks.store import Store
 from jetway.tasks.verify import Limits, argmax_agreement, compare_outputs, verify_onnx
 from jetway.tasks.workloads.digits import DigitsClassifier
 
@@ -25,10 +31,9 @@ INT8 = Precision.INT8_PTQ
 
 
 @pytest.fixture(scope="module")
-def ctx(tmp_path_factory):
+def ctx(make_context, tmp_path_factory):
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("verify")
-    return StageContext(WORKLOAD, Store(folder / "store"), threads=1, work_dir=folder / "work")
+    return make_context(WORKLOAD, tmp_path_factory.mktemp("verify"))
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +64,14 @@ def int8_model(ctx, quantized):
     return export_onnx(ctx, quantized, ExportConfig(), INT8).handle
 
 
+def lowered(ctx, model, precision, backend="ort-cpu", **tensorrt):
+    config = QatConfig(calibration_samples=32)
+    return lower_onnx(ctx, model, BACKENDS[backend], precision, config, TensorRtConfig(**tensorrt)).handle
+
+
 @pytest.fixture(scope="module")
 def lowered_model(ctx, int8_model):
-    return lower_onnx(ctx, int8_model, EngineName.ONNXRUNTIME, QatConfig(calibration_samples=32)).handle
+    return lowered(ctx, int8_model, INT8)
 
 
 def altered(ctx, handle):
@@ -161,11 +171,39 @@ def test_argmax_agreement_looks_along_the_classes(shape, axis):
     assert argmax_agreement(expected, np.roll(expected, 1, axis)) == 0.0
 
 
-@pytest.mark.parametrize("engine", [EngineName.TENSORRT, EngineName.ONNXRUNTIME])
-def test_lower_onnx_passes_what_the_engine_takes_as_it_is(ctx, float_model, int8_model, engine):
-    assert lower_onnx(ctx, float_model, engine, QatConfig()).handle == float_model
-    lowered = lower_onnx(ctx, int8_model, engine, QatConfig(calibration_samples=8)).handle
-    assert (lowered == int8_model) is (engine is EngineName.TENSORRT)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8_CALIBRATED])
+def test_lower_onnx_passes_a_float_model_as_it_is(ctx, float_model, backend, precision):
+    unchanged = lowered(ctx, float_model, precision, backend)
+    assert unchanged == float_model
+    assert unchanged.metadata["precision"] == precision
+
+
+LOW = [
+    (Precision.FP16, {}),
+    (Precision.BF16, {}),
+    (Precision.FP16, {"mixed": {"*stem*": "fp32"}}),
+    (INT8, {}),
+    (INT8, {"quantize_residuals": False}),
+    (INT8, {"mixed": {"*stem*": "fp32"}}),
+]
+
+
+@pytest.mark.parametrize(("precision", "options"), LOW)
+def test_verify_accepts_what_tensorrt_gets(
+    ctx, floating, quantized, float_model, int8_model, precision, options
+):
+    checkpoint, model = (quantized, int8_model) if precision is INT8 else (floating, float_model)
+    form = lowered(ctx, model, precision, "tensorrt", **options)
+    assert (form.metadata["precision"], form.metadata["lowered_for"]) == (precision, "tensorrt")
+    assert 0 < verify_onnx(ctx, checkpoint, form, CONFIG, precision).metrics["parity_excess"] < 1
+
+
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
+def test_verify_names_the_key_for_a_float_type_that_is_off(ctx, floating, float_model, precision):
+    form = altered(ctx, lowered(ctx, float_model, precision, "tensorrt"))
+    with pytest.raises(ParityError, match=rf"tensorrt\.mixed.*verify\.{precision}_atol"):
+        verify_onnx(ctx, floating, form, CONFIG, precision)
 
 
 def test_lower_onnx_lists_its_float_islands(lowered_model):
@@ -175,19 +213,19 @@ def test_lower_onnx_lists_its_float_islands(lowered_model):
     assert lowered_model.metadata["precision"] == INT8
 
 
-def test_calibration_feeds_fill_the_last_batch():
+def test_calibration_batches_fill_the_last_one():
     class Batched(DigitsClassifier):
         def example_inputs(self):
             return {"image": torch.zeros(4, 1, 16, 16)}
 
-    sizes = [len(feed["image"]) for feed in calibration_feeds(Batched(size=16), 10)]
+    sizes = [len(batch["image"]) for batch in calibration_batches(Batched(size=16), 10)]
     assert sizes == [4, 4, 4]
 
 
-def test_calibration_feeds_need_data():
+def test_calibration_batches_need_data():
     class Empty(DigitsClassifier):
         def calibration_data(self):
             return []
 
     with pytest.raises(QuantizationError, match="calibration_data"):
-        next(calibration_feeds(Empty(size=16), 10))
+        next(calibration_batches(Empty(size=16), 10))

@@ -1,0 +1,88 @@
+"""What ``jetway check`` and ``run`` refuse before a network is trained, and what ``probe`` shows."""
+
+from pathlib import Path
+
+import pytest
+
+from jetway.configs.schema import Recipe
+from jetway.flows.check import check_recipe_fits, facts
+from jetway.tasks.errors import ConfigError
+from jetway.tasks.target_info import TargetInfo
+
+
+def recipe(**tensorrt):
+    return Recipe(
+        name="r",
+        workload={"class_path": "small_networks:SmallWorkload"},
+        train={},
+        variants=["baseline-fp32", "baseline-fp16"],
+        tensorrt=tensorrt,
+    )
+
+
+def test_a_layer_pattern_that_matches_a_node_is_accepted(small_workload):
+    check_recipe_fits(recipe(mixed={"*stem*": "fp32"}), Path("r.yaml"), small_workload())
+
+
+def test_a_layer_pattern_that_matches_nothing_is_refused_before_training(small_workload):
+    with pytest.raises(ConfigError, match=r"tensorrt\.mixed.*'/stemm/\*'.*Nearest: .*stem"):
+        check_recipe_fits(recipe(mixed={"/stemm/*": "fp32"}), Path("r.yaml"), small_workload())
+
+
+def test_a_profile_of_another_shape_is_refused_before_training(small_workload):
+    shapes = {"min": [1, 3, 8, 8], "opt": [1, 3, 8, 8], "max": [4, 3, 9, 9]}
+    with pytest.raises(ConfigError, match=r"tensorrt\.profiles\.0\.x"):
+        check_recipe_fits(recipe(profiles=[{"x": shapes}]), Path("r.yaml"), small_workload())
+
+
+def info(**changes):
+    gpu = {"name": "ga10b", "compute_capability": "8.7", "multiprocessors": 16}
+    tensorrt = {"available": True, "version": "10.3.0", "gpu": gpu, "dla_cores": 2}
+    values = {
+        "schema_version": 1,
+        "hostname": "orin",
+        "os": "Ubuntu 22.04",
+        "kernel": "5.15",
+        "python": "3.10.12",
+        "board": "NVIDIA Jetson AGX Orin Developer Kit",
+        "l4t": "# R36 (release), REVISION: 4.3, GCID: 1, BOARD: generic",
+        "boot_id": "b",
+        "cpu": {
+            "model": "Arm",
+            "architecture": "aarch64",
+            "instruction_sets": [],
+            "int8_instruction_sets": [],
+        },
+        "cores": 12,
+        "memory_mib": {"total": 62000.0, "available": 55000.0},
+        "free_disk_mib": 9000.0,
+        "frequencies_mhz": {},
+        "accelerators": {},
+        "engines": {"tensorrt": tensorrt, "onnxruntime": {"available": False, "reason": "No module"}},
+    }
+    return TargetInfo.model_validate(values | changes)
+
+
+def test_probe_shows_what_tensorrt_can_do_and_where_it_is_known_from():
+    shown = dict(facts(info()))
+    assert shown["JetPack"].startswith("6.1, 6.2")
+    assert shown["ONNX opset"].startswith("up to 20 (not verified")
+    assert shown["precisions"] == "fp32, fp16, bf16, int8-ptq, int8-qat, int8-calibrated"
+    assert shown["DLA cores"] == "2"
+    assert "VDD_GPU_SOC" in shown["power rails"]
+    assert shown["onnxruntime"] == "not there: No module"
+    assert "compute capability 8.7" in shown["machine"]
+
+
+def test_probe_says_why_a_precision_is_missing():
+    engine = info().engines["tensorrt"].model_dump() | {"version": "11.1.0"}
+    shown = dict(facts(info(engines={"tensorrt": engine, "onnxruntime": {"available": False}})))
+    assert "no calibrator" in shown["not int8-calibrated"]
+
+
+def test_probe_says_that_a_machine_is_simulated():
+    assert dict(facts(info(simulated=True)))["machine"].startswith("SIMULATED ")
+    engine = info().engines["tensorrt"].model_dump() | {"double": True}
+    shown = dict(facts(info(engines={"tensorrt": engine, "onnxruntime": {"available": False}})))
+    assert "test double" in shown["tensorrt"]
+    assert shown["machine"].startswith("SIMULATED ")
