@@ -15,10 +15,10 @@ from typing import Any
 
 from jetway.configs.load import load_recipe, load_target, load_targets
 from jetway.flows import STARTED_S
+from jetway.flows.failure import Failure
 from jetway.tasks.errors import ConfigError, JetwayError
 from jetway.tasks.sources import find_workload
 
-INTERRUPTED = 130
 LONGEST_SOAK_MINUTES = 7 * 24 * 60
 
 
@@ -52,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return int(options.command(options))
-    except JetwayError as exc:
-        print(f"jetway: {exc}", file=sys.stderr)
-        return exc.exit_code
-    except KeyboardInterrupt:
-        print("jetway: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except (JetwayError, KeyboardInterrupt) as exc:
+        failure = Failure.of(exc)
+        failure.tell()
+        if getattr(options, "json", False):
+            failure.tell_as_json()
+        return failure.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

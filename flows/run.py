@@ -14,6 +14,7 @@ from prefect.exceptions import PrefectException
 from jetway.configs.load import load_recipe, load_targets
 from jetway.flows.check import check_recipe_fits
 from jetway.flows.deploy import deploy
+from jetway.flows.failure import Failure
 from jetway.flows.pipeline import OBSERVER, Observer, make_context
 from jetway.flows.record import RunResult
 from jetway.flows.server import Server, prefect_settings
@@ -25,7 +26,8 @@ from jetway.tasks.table import run_json
 from jetway.tasks.target.jobs import interrupt_jobs
 from jetway.tasks.workload import check_workload
 
-EXIT_INTERRUPTED = 130
+#: What is told of a bug of ours; its traceback follows.
+UNEXPECTED = Failure("FAILED", JetwayError.exit_code, "unexpected: the traceback on stderr says more")
 
 
 class TerminalObserver(Observer):
@@ -50,28 +52,31 @@ def run_deploy(
     as_json: bool,
     started_s: float,
 ) -> int:
-    """Runs the flow to its end and returns the exit code. ``started_s`` is when the process started."""
+    """Runs the flow to its end and returns the exit code. ``started_s`` is when the process started.
+
+    With ``as_json`` a run that fails is told here, as the stages that it finished are part of it; else it raises.
+    """
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     terminal = Terminal()
     observer = TerminalObserver(terminal)
-    status, code, result = "FAILED", 1, None
+    failure, result = UNEXPECTED, None
     try:
         with terminal, observing(observer), server:
             check_inputs(server, recipe, targets, overrides)
             server.wait_ready()
             result = call_flow(server, recipe, targets, overrides)
-        status, code = "FINISHED", result.exit_code
-    except JetwayError as exc:
-        code = exc.exit_code
-        raise
-    except KeyboardInterrupt:
-        status, code = "KILLED", EXIT_INTERRUPTED
-        raise
+    except (JetwayError, KeyboardInterrupt) as exc:
+        failure = Failure.of(exc)
+        if not as_json:
+            raise
+        failure.tell()
     finally:
         overhead_s = time.monotonic() - started_s - busy_s(observer.stages)
         if as_json:
-            print(json.dumps(document(observer, status, code, overhead_s, result), indent=1))
+            print(json.dumps(document(observer, result or failure, overhead_s), indent=1))
+    if result is None:
+        return failure.exit_code
     if not as_json:
         print()
         print_result(result)
@@ -79,7 +84,7 @@ def run_deploy(
             f"\nOrchestration and tracking took {overhead_s:.1f} s beside the stages. "
             f"Look closer: jetway show {observer.run_id[:8]}, jetway ui"
         )
-    return code
+    return result.exit_code
 
 
 def interrupt(signum: int, frame: Any) -> None:
@@ -130,8 +135,9 @@ def busy_s(stages: Iterable[FinishedStage]) -> float:
     return total
 
 
-def document(
-    observer: Observer, status: str, code: int, overhead_s: float, result: RunResult | None
-) -> dict[str, object]:
+def document(observer: Observer, outcome: RunResult | Failure, overhead_s: float) -> dict[str, object]:
     stages = [(stage.name, stage.seconds, stage.cached) for stage in observer.stages]
-    return run_json(observer.run_id, status, code, stages, overhead_s, result.rows if result else ())
+    if isinstance(outcome, RunResult):
+        return run_json(observer.run_id, "FINISHED", outcome.exit_code, stages, overhead_s, outcome.rows)
+    told = run_json(observer.run_id, outcome.status, outcome.exit_code, stages, overhead_s, ())
+    return {**told, "error": outcome.error}

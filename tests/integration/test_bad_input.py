@@ -257,3 +257,34 @@ def test_what_a_look_can_tell_starts_no_server(changes, project, jetway_here, tm
     monkeypatch.setenv("JETWAY_HOME", str(tmp_path / "fresh"))
     assert jetway_here("run", "my_recipe.yaml", cwd=project).exit_code == 2
     assert not (tmp_path / "fresh").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code", "fragment"),
+    [
+        (["run", "gone"], 2, "gone"),
+        (["run", "my_recipe.yaml", "--target", "bord"], 2, "bord"),
+        (["run", "my_recipe.yaml", "--set", "finetune.epoch=1"], 2, "finetune.epoch"),
+        (["probe", "board"], 3, "127.0.0.1:9"),
+        (["probe", "bord"], 2, "bord"),
+        (["doctor", "bord"], 2, "bord"),
+        (["show", "0123456789ab"], 6, "0123456789ab"),
+    ],
+)
+def test_json_of_what_fails_at_once_is_one_object(words, exit_code, fragment, project, jetway_here):
+    target_file(project, host="127.0.0.1", port=9)
+    failed = jetway_here(*words, "--json", cwd=project)
+    told = failed.json
+    assert (failed.exit_code, told["status"], told["exit_code"]) == (exit_code, "FAILED", exit_code)
+    assert fragment in told["error"]
+    assert failed.stderr.strip().endswith(told["error"].strip())
+
+
+def test_json_of_a_run_that_fails_names_the_error_and_the_run(project, jetway_here):
+    target_file(project, host="127.0.0.1", port=9)
+    failed = jetway_here("run", "my_recipe.yaml", "--json", cwd=project)
+    told = failed.json
+    assert (failed.exit_code, told["status"], told["exit_code"]) == (3, "FAILED", 3)
+    assert "127.0.0.1:9" in told["error"]
+    assert told["run_id"]
+    assert failed.stderr.count(told["error"]) >= 1
