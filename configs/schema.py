@@ -77,6 +77,19 @@ class TrainingSection(StageSection):
     patience: int | None = Field(
         default=None, ge=1, description="Stop after this many epochs without a better primary metric."
     )
+    processes: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes that train side by side through torchrun, one a GPU. Each takes batch_size samples "
+        "a step; the learning rate grows with their number for sgd, with its square root otherwise.",
+    )
+    loader_workers: int = Field(
+        default=0,
+        ge=0,
+        le=256,
+        description="Processes that load each training process's data; 0 loads in itself.",
+    )
 
 
 class TrainConfig(TrainingSection):

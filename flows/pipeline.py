@@ -112,6 +112,7 @@ def make_context(recipe: Recipe, path: Path, observer: Observer) -> StageContext
     return StageContext(
         workload,
         Store(),
+        workload_config=recipe.workload,
         workload_digest=workload_digest(workload, recipe.workload),
         seed=recipe.seed,
         threads=recipe.threads,

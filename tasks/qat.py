@@ -60,6 +60,7 @@ def train_qat(
         data=workload.qat_data(),
         teacher=load_network(workload, teachers[0], store) if teachers else None,
         stage="qat",
+        structure=checkpoint_record(store.open(ptq)).structure,
     )
     handle = _save(context, network, "qat", (ptq, *teachers))
     history = store.add_json(result.to_json(), parents=(handle.sha256,))

@@ -18,6 +18,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,14 +120,19 @@ def load_quantized_network(workload: Workload, checkpoint: Checkpoint, store: St
     Raises ArtifactError when the file is missing, corrupt, not quantized, or does not fit the network.
     """
     path = store.open(checkpoint)
-    record = checkpoint_record(path)
-    if record.quantization is None:
+    if checkpoint_record(path).quantization is None:
         raise ArtifactError(
             f"checkpoint {checkpoint.sha256[:12]} is not quantized: load it with checkpoint.load_network."
         )
+    return read_network(workload, path)
+
+
+def read_network(workload: Workload, path: Path) -> nn.Module:
+    """The network of a checkpoint file, fake-quantized if its record says so, in eval mode, on the CPU."""
+    record, tensors = checkpoint_record(path), read_tensors(path)
     network = build_network(workload, record.structure)
-    tensors = read_tensors(path)
-    _restore_quantizers(network, record.quantization, tensors)
+    if record.quantization is not None:
+        _restore_quantizers(network, record.quantization, tensors)
     load_weights(network, tensors, source=str(path))
     return network.eval()
 

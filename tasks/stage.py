@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from jetway.configs.schema import Section
+from jetway.configs.schema import Section, WorkloadConfig
 from jetway.tasks.artifacts import Handle, StageOutput, json_sha256
 from jetway.tasks.store import Store, jetway_home
 from jetway.tasks.workload import Workload
@@ -68,6 +68,7 @@ class StageContext:
         workload: Workload,
         store: Store,
         *,
+        workload_config: WorkloadConfig | None = None,
         workload_digest: str = "",
         seed: int = 0,
         threads: int | None = None,
@@ -78,6 +79,8 @@ class StageContext:
     ) -> None:
         self.workload = workload
         self.store = store
+        #: How another process makes the same workload; None where there is no recipe.
+        self.workload_config = workload_config
         self.workload_digest = workload_digest
         self.seed = seed
         self.threads = threads or os.cpu_count() or 1

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import math
 import pickle
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,11 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from jetway.configs.schema import (
     DistillationConfig,
@@ -36,7 +38,10 @@ from jetway.configs.schema import (
 from jetway.tasks.artifacts import json_sha256
 from jetway.tasks.errors import ConfigError, JetwayError, TrainingError, WorkloadError
 from jetway.tasks.metrics import Metric
+from jetway.tasks.ranks import Ranks, current_ranks
 from jetway.tasks.stage import StageContext, seed_everything, stage_seed
+from jetway.tasks.structure import Structure
+from jetway.tasks.torchrun import Training, train_with_torchrun
 from jetway.tasks.workload import Inputs, Outputs, Sample, Workload, call_network, evaluate_network
 
 logger = logging.getLogger("jetway")
@@ -86,6 +91,7 @@ def train(
     data: Dataset[Sample],
     teacher: nn.Module | None = None,
     stage: str = "train",
+    structure: Structure | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> TrainResult:
     """Trains ``network`` in place and leaves it in eval mode, on the CPU, with its best weights.
@@ -95,8 +101,14 @@ def train(
     outputs are followed too. State is kept under ``context.work_dir`` after every epoch, and the same call
     after a kill goes on from there.
 
+    With ``section.processes`` above 1 the work is done by that many processes under torchrun; they learn a
+    quantized network's ``structure`` from the caller, as it cannot be read off such a network.
+
     Raises TrainingError when the loss is not finite, WorkloadError when what the user brought raises.
     """
+    if section.processes > current_ranks().count:
+        training = Training(network, workload, section, context, teacher, stage, structure)
+        return _as_result(train_with_torchrun(training, lambda line: on_epoch and on_epoch(Epoch(**line))))
     trainer = _Trainer(network, workload, section, context, data, teacher, stage)
     trainer.resume()
     while trainer.goes_on():
@@ -143,8 +155,11 @@ def distillation_loss(outputs: Outputs, teacher_outputs: Outputs, temperature: f
 def evaluate(workload: Workload, network: nn.Module, *, device: str = "cpu") -> dict[str, float]:
     """The workload's metrics on its evaluation data. Raises WorkloadError when its metric code fails."""
     network.to(device)
+    ranks = current_ranks()
     with _users_code(workload, "evaluation"):
-        metrics = workload.summarize(evaluate_network(workload, network, device=device))
+        indices = ranks.share(range(len(workload.evaluation_data())))  # type: ignore[arg-type]
+        records = evaluate_network(workload, network, device=device, indices=indices)
+        metrics = workload.summarize(ranks.gather(records))
     missing = [metric.name for metric in workload.metrics if metric.name not in metrics]
     if missing:
         raise WorkloadError(
@@ -203,9 +218,10 @@ class _Trainer:
         self.distillation = _distillation(section, teacher)
         self.teacher = teacher.to(context.device).eval() if teacher and self.distillation else None
         self.state_path = context.work_dir / f"training-{self._fingerprint()}.pt"
+        self.ranks = current_ranks()
         self.count = len(data)  # type: ignore[arg-type]
-        self.steps = _steps_an_epoch(workload, self.count, section.batch_size)
-        network.to(context.device)
+        self.steps = _steps_an_epoch(workload, self.count, section.batch_size, self.ranks.count)
+        self.joined = self.ranks.joined(network.to(context.device))
         self.optimizer = _optimizer(network, section)
         self.history: list[Epoch] = []
         self.best_epoch = 0
@@ -235,11 +251,13 @@ class _Trainer:
         started = time.monotonic()
         number = self.epoch + 1
         seed_everything(stage_seed(self.context.seed, f"{self.stage}:{number}"))
-        self.network.train()
+        self.joined.train()
         with _users_code(self.workload, f"epoch {number}"):
-            losses = [self._step(number, step, batch) for step, batch in enumerate(self._batches())]
+            losses = [self._step(number, step, batch) for step, batch in enumerate(self._batches(number))]
         rate = self.optimizer.param_groups[0]["lr"]
+        self.ranks.share_buffers(self.network)
         metrics = self._evaluate()
+        losses = self.ranks.gather(losses)
         loss = math.fsum(losses) / len(losses)
         epoch = Epoch(number, loss, metrics, rate, time.monotonic() - started)
         self._finish_epoch(epoch)
@@ -253,11 +271,22 @@ class _Trainer:
             self.teacher.to("cpu")
         return TrainResult(tuple(self.history), self.best_epoch, self.epoch < self.section.epochs)
 
-    def _batches(self) -> Iterator[tuple[Inputs, Any]]:
-        order = torch.randperm(self.count).tolist()
-        for start in range(0, self.steps * self.section.batch_size, self.section.batch_size):
-            samples = [self.data[i] for i in order[start : start + self.section.batch_size]]
-            yield self.workload.collate(samples)
+    def _batches(self, epoch: int) -> Iterator[tuple[Inputs, Any]]:
+        """This process's share of each batch. All draw the same order, and then augment by seeds of their own."""
+        order, size = torch.randperm(self.count).tolist(), self.section.batch_size * self.ranks.count
+        shares = [self.ranks.share(order[at : at + size]) for at in range(0, self.steps * size, size)]
+        seed = stage_seed(self.context.seed, f"{self.stage}:{epoch}:{self.ranks.rank}")
+        if not self.ranks.is_first:
+            seed_everything(seed)
+        yield from DataLoader(
+            self.data,
+            batch_sampler=shares,  # type: ignore[arg-type]
+            collate_fn=self.workload.collate,
+            num_workers=self.section.loader_workers,
+            worker_init_fn=_seed_loader,
+            generator=torch.Generator().manual_seed(seed),
+            pin_memory=self.context.device == "cuda",
+        )
 
     def _step(self, epoch: int, step: int, batch: tuple[Inputs, Any]) -> float:
         rate = self._set_learning_rate((epoch - 1) * self.steps + step)
@@ -275,12 +304,13 @@ class _Trainer:
 
     def _set_learning_rate(self, step: int) -> float:
         rate = learning_rate_at(self.section, step, self.section.epochs * self.steps)
+        rate *= _rate_scale(self.section.optimizer, self.ranks)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
 
     def _loss(self, inputs: Inputs, target: Any) -> Tensor:
-        outputs = self._call(self.network, inputs)
+        outputs = self._call(self.joined, inputs)
         loss = self.workload.loss(outputs, target)
         if self.teacher is None or self.distillation is None:
             return loss
@@ -303,7 +333,9 @@ class _Trainer:
         if epoch.epoch == 0 or self._is_as_good(epoch):
             self.best_epoch = epoch.epoch
             self.best_weights = {name: t.detach().clone() for name, t in self.network.state_dict().items()}
-        _write_state(self.state_path, self._state())
+        if self.ranks.is_first:
+            _write_state(self.state_path, self._state())
+        self.ranks.wait()
 
     def _is_as_good(self, epoch: Epoch) -> bool:
         """Of equal epochs the later one counts: its loss is lower, and what was trained shows."""
@@ -352,7 +384,7 @@ class _Trainer:
             {
                 "network": _weights_sha256(self.network),
                 "teacher": _weights_sha256(self.teacher) if self.teacher else None,
-                "section": self.section.model_dump(mode="json"),
+                "section": self.section.model_dump(mode="json", exclude={"loader_workers"}),
                 "workload": self.context.workload_digest,
                 "seed": self.context.seed,
                 "stage": self.stage,
@@ -399,14 +431,34 @@ def _section_key(section: TrainingSection) -> str:
     return next((key for kind, key in keys.items() if isinstance(section, kind)), "train")
 
 
-def _steps_an_epoch(workload: Workload, count: int, batch_size: int) -> int:
-    """Batches of an epoch. A last batch of one sample is left out: BatchNorm cannot train on it."""
-    if count == 0:
+def _steps_an_epoch(workload: Workload, count: int, batch_size: int, processes: int) -> int:
+    """Batches of an epoch. A last one that leaves a process a single sample is left out: BatchNorm cannot
+    train on it."""
+    if count < processes:
+        has = f"only {count} samples for {processes} processes" if count else "empty"
         raise WorkloadError(
-            f"{type(workload).__qualname__}: its training data are empty. Return some samples."
+            f"{type(workload).__qualname__}: its training data are {has}. Return some samples."
         )
-    steps, rest = divmod(count, batch_size)
-    return max(1, steps + (rest > 1))
+    steps, rest = divmod(count, batch_size * processes)
+    return max(1, steps + (rest >= 2 * processes))
+
+
+def _rate_scale(optimizer: OptimizerName, ranks: Ranks) -> float:
+    """By what the learning rate grows with the batch: linearly for SGD (Goyal et al. 2017), by the root for
+    adaptive optimizers (Malladi et al. 2022)."""
+    return ranks.count if optimizer is OptimizerName.SGD else math.sqrt(ranks.count)
+
+
+def _seed_loader(worker: int) -> None:
+    """Gives NumPy and Python in a loading process the seed that PyTorch has there, which is the worker's own."""
+    seed = torch.initial_seed() % 2**32
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def _as_result(document: dict[str, Any]) -> TrainResult:
+    history = tuple(Epoch(**line) for line in document["history"])
+    return TrainResult(history, document["best_epoch"], document["stopped_early"])
 
 
 def _optimizer(network: nn.Module, section: TrainingSection) -> Optimizer:
@@ -420,7 +472,8 @@ def _optimizer(network: nn.Module, section: TrainingSection) -> Optimizer:
 
 def _to_device(batch: tuple[Inputs, Any], device: str) -> tuple[Inputs, Any]:
     inputs, target = batch
-    return {name: tensor.to(device) for name, tensor in inputs.items()}, _moved(target, device)
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+    return moved, _moved(target, device)
 
 
 def _moved(value: Any, device: str) -> Any:

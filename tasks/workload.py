@@ -225,15 +225,21 @@ def batches(
 
 
 def evaluate_network(
-    workload: Workload, network: nn.Module, *, batch_size: int = 64, device: str = "cpu"
+    workload: Workload,
+    network: nn.Module,
+    *,
+    batch_size: int = 64,
+    device: str = "cpu",
+    indices: Sequence[int] | None = None,
 ) -> list[Record]:
-    """Per-sample records of the evaluation data, scored by the workload's own metric code."""
+    """Per-sample records of the evaluation data, or of some of it, scored by the workload's own metric code."""
     network.eval()
     data = workload.evaluation_data()
+    chosen = range(len(data)) if indices is None else indices  # type: ignore[arg-type]
     records: list[Record] = []
     with torch.no_grad():
-        for start in range(0, len(data), batch_size):  # type: ignore[arg-type]
-            samples = [data[i] for i in range(start, min(start + batch_size, len(data)))]  # type: ignore[arg-type]
+        for start in range(0, len(chosen), batch_size):
+            samples = [data[i] for i in chosen[start : start + batch_size]]
             inputs = {name: t.to(device) for name, t in workload.collate(samples)[0].items()}
             outputs = call_network(network, inputs, workload.output_names)
             arrays = {name: as_scored(t).cpu().numpy() for name, t in outputs.items()}
