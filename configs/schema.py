@@ -353,7 +353,7 @@ class BenchmarkConfig(Section):
 
     scenarios: tuple[Literal["latency", "throughput"], ...] = Field(
         default=("latency",),
-        description="latency: one query at a time. throughput: queries in flight, on TensorRT engines.",
+        description="latency: one query at a time. throughput: queries in flight, on TensorRT engines alone.",
     )
     throughput: ThroughputConfig = ThroughputConfig()
     telemetry: bool = Field(

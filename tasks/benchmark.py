@@ -170,6 +170,7 @@ def _measure(
         power=_with_samples(PowerPass, context, session, result.get("power")),
         power_mode=result.get("power_mode"),
         trtexec=result.get("trtexec") or {},
+        left_out=result.get("left_out") or {},
         layers=result.get("layers") or {},
         telemetry=_with_samples(Telemetry, context, session, result.get("telemetry")),
     )

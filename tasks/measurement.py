@@ -171,6 +171,9 @@ class BenchmarkResult(_Value):
     layers: dict[str, tuple[Layer, ...]] = Field(
         default_factory=dict, description="Layers of TensorRT engines with their times, by variant."
     )
+    left_out: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="Passes that the engine of a variant cannot take, by variant."
+    )
     telemetry: Telemetry | None = None
 
     def metrics(self, variant: str) -> dict[str, float | None]:
@@ -191,6 +194,7 @@ class BenchmarkResult(_Value):
             *(self.power.notes(variant) if self.power else ()),
             *(f"in flight: {warning}" for warning in (in_flight.warnings if in_flight else ())),
             *([f"no cross-check, trtexec failed: {failed}"] if failed else ()),
+            *(f"no {name}: for TensorRT engines alone" for name in self.left_out.get(variant, ())),
             *(self.telemetry.notes if self.telemetry else ()),
             *self._left_behind(),
         )

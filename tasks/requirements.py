@@ -46,14 +46,6 @@ def engine_problems(recipe: Recipe, target: Target, info: TargetInfo) -> Iterato
         else:
             yield from _tensorrt_problems(recipe, own, engine, contract_of(info))
             yield from _memory_problems(recipe, info)
-    others = [
-        v.name for backend, own in variants.items() for v in own if backend.engine is not EngineName.TENSORRT
-    ]
-    if others and "throughput" in recipe.benchmark.scenarios:
-        yield (
-            f"benchmark.scenarios: throughput is for TensorRT engines, and {', '.join(others)} would run on another. "
-            "Set benchmark.scenarios=[latency], or leave those variants out."
-        )
     if any(backend.uses_gpu for backend in variants) and not target.own_backend.uses_gpu:
         yield (
             "engine: variants of this recipe use the GPU, and the lease of this target is its CPU's. Set engine: "
@@ -213,7 +205,7 @@ def _dla_problems(recipe: Recipe, variants: list[Variant], contract: Contract) -
             "tensorrt.dla out."
         )
     for variant in variants:
-        if variant.precision.has_quantizers and version < DLA_AGAIN:
+        if variant.precision.has_quantizers and version < NO_DLA_FROM:
             yield (
                 f"variants: {variant.name}: the DLA of TensorRT {dotted(version)} takes no Q/DQ. Use "
                 f"{variant.stage}-{Precision.INT8_CALIBRATED} on this target, or leave tensorrt.dla out."

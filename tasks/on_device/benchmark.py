@@ -51,12 +51,12 @@ def run(request: Json, progress: Progress) -> Json:
     - ``power_mode`` and ``lock_clocks``: how a Jetson is set before, and put back after.
 
     Every engine is checked against its passport before any is loaded. Returns peak memory by engine, what the passes
-    found by engine (those that a pass is for), ``reasons`` why the session is not valid (none when it is), the
-    machine before and after, what the ``telemetry`` told, and the ``power_mode``.
+    found by engine, ``left_out`` (the passes that an engine cannot take, by engine), ``reasons`` why the session is
+    not valid (none when it is), the machine before and after, what the ``telemetry`` told, and the ``power_mode``.
     """
     variants = [sessions.checked(entry) for entry in request["engines"]]
     canary = sessions.checked(dict(request["canary"], name=CANARY))
-    passes = passes_of(request, variants)
+    passes = passes_of(request)
     with power_mode.held(
         request["work_dir"], request.get("power_mode"), request.get("lock_clocks", False)
     ) as mode:
@@ -87,6 +87,7 @@ def measure(
     return dict(
         result,
         memory=peaks,
+        left_out=left_out(variants, passes),
         reasons=result["reasons"] + throttling(before, after) + watched.reasons,
         telemetry=watched.report,
         machine_before=before,
@@ -94,16 +95,10 @@ def measure(
     )
 
 
-def passes_of(request: Json, variants: Sequence[Json]) -> List[Pass]:
-    """The passes asked for besides latency, in order.
-
-    Raises DeviceError, before anything runs, where the scenario throughput is asked of an engine that has none.
-    """
+def passes_of(request: Json) -> List[Pass]:
+    """The passes asked for besides latency, in order."""
     asked = []  # type: List[Pass]
-    if "throughput" in request.get("scenarios", ()):
-        _check_throughput(variants)
-        asked.append(("throughput", measure_throughput))
-    elif request.get("trtexec"):
+    if "throughput" in request.get("scenarios", ()) or request.get("trtexec"):
         asked.append(("throughput", measure_throughput))
     if request.get("trtexec"):
         path = trtexec.find(None if request["trtexec"] is True else request["trtexec"])
@@ -118,14 +113,10 @@ def runs_in_flight(entry: Json) -> bool:
     return hasattr(engines.engine_of(entry["engine"]).Session, "lanes")
 
 
-def _check_throughput(variants: Sequence[Json]) -> None:
-    others = [entry["name"] for entry in variants if not runs_in_flight(entry)]
-    if others:
-        raise DeviceError(
-            "benchmark.scenarios: throughput is for TensorRT engines, and {} run on another. Take latency alone, or "
-            "a target whose engine is tensorrt.".format(", ".join(others)),
-            errors.BAD_REQUEST,
-        )
+def left_out(variants: Sequence[Json], passes: Sequence[Pass]) -> Dict[str, List[str]]:
+    """The passes that are not for an engine which answers one query before it takes the next, by engine."""
+    names = [name for name, _ in passes]
+    return {entry["name"]: names for entry in variants if names and not runs_in_flight(entry)}
 
 
 def measure_throughput(entry: Json, request: Json, known: Json) -> Json:

@@ -1,16 +1,19 @@
-"""What an ONNX file holds, read without the onnx package: its nodes, and the types of its weights.
+"""What an ONNX file holds, read without the onnx package: its nodes, and the types and places of its weights.
 
 The fields are those of onnx.proto. Weights are skipped over, so a large file costs little memory.
 """
 
 import mmap
-from typing import Any, Dict, Iterator, Tuple
+import os
+from typing import Any, Dict, Iterator, List, Tuple
 
 MODEL_GRAPH = 7
 GRAPH_NODE, GRAPH_INITIALIZER = 1, 5
 NODE_NAME, NODE_OPERATOR, NODE_ATTRIBUTE, NODE_DOMAIN = 3, 4, 5, 7
 ATTRIBUTE_NAME, ATTRIBUTE_INTEGER, ATTRIBUTE_TENSOR = 1, 3, 5
-TENSOR_TYPE = 2
+ATTRIBUTE_GRAPHS = (6, 11)
+TENSOR_TYPE, TENSOR_EXTERNAL = 2, 13
+ENTRY_KEY, ENTRY_VALUE = 1, 2
 VARINT, LENGTH_DELIMITED = 0, 2
 FIXED_BYTES = {1: 8, 5: 4}
 TYPE_NAMES = {1: "fp32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "fp16", 16: "bf16"}
@@ -21,18 +24,21 @@ class OnnxFile:
     """``nodes`` of the outer graph in the file's order: ``name``, ``operator`` and ``domain`` of each.
 
     ``types`` are those of weights, constants and casts, by the names of ``TYPE_NAMES``: what the file itself says of
-    its precision. A file that is no ONNX has neither.
+    its precision. ``external_paths`` are the files beside it that hold weights. A file that is no ONNX has none.
     """
 
     def __init__(self, path: str) -> None:
         self.nodes = []  # type: Any
         self.types = set()  # type: Any
+        self._locations = set()  # type: Any
         with open(path, "rb") as file:
             try:
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     self._read(data)
             except (ValueError, IndexError):
                 pass  # empty, or cut off: the engine's own parser says so better
+        folder = os.path.dirname(path)
+        self.external_paths = [os.path.join(folder, name) for name in sorted(self._locations)]  # type: List[str]
 
     def _read(self, data: Any) -> None:
         for number, value in _fields(data, 0, len(data)):
@@ -44,7 +50,15 @@ class OnnxFile:
         if number == GRAPH_NODE:
             self.nodes.append(self._node(data, place))
         elif number == GRAPH_INITIALIZER:
-            self._note_type(data, place)
+            self._note_tensor(data, place)
+
+    def _note_subgraph(self, data: Any, place: Tuple[int, int]) -> None:
+        """The branches of an If and the body of a Loop have weights of their own."""
+        for number, value in _fields(data, *place):
+            if number == GRAPH_NODE:
+                self._node(data, value)
+            elif number == GRAPH_INITIALIZER:
+                self._note_tensor(data, value)
 
     def _node(self, data: Any, place: Tuple[int, int]) -> Dict[str, str]:
         texts = {NODE_NAME: "", NODE_OPERATOR: "", NODE_DOMAIN: ""}
@@ -63,14 +77,20 @@ class OnnxFile:
             elif number == ATTRIBUTE_INTEGER:
                 integer = value[0]
             elif number == ATTRIBUTE_TENSOR:
-                self._note_type(data, value)
+                self._note_tensor(data, value)
+            elif number in ATTRIBUTE_GRAPHS:
+                self._note_subgraph(data, value)
         if name == b"to":  # of a Cast
             self._note(integer)
 
-    def _note_type(self, data: Any, place: Tuple[int, int]) -> None:
+    def _note_tensor(self, data: Any, place: Tuple[int, int]) -> None:
         for number, value in _fields(data, *place):
             if number == TENSOR_TYPE:
                 self._note(value[0])
+            elif number == TENSOR_EXTERNAL:
+                entry = {field: data[slice(*text)] for field, text in _fields(data, *value)}
+                if entry.get(ENTRY_KEY) == b"location":
+                    self._locations.add(entry.get(ENTRY_VALUE, b"").decode("utf-8", "replace"))
 
     def _note(self, number: int) -> None:
         self.types.add(TYPE_NAMES.get(number, "other"))

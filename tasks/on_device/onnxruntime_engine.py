@@ -4,7 +4,7 @@
 as an ONNX file. The saved graph is final, so it is loaded with optimization off: what runs is the file,
 operator for operator, at the speed of a plain ORT_ENABLE_ALL session. The TensorRT provider compiles when it loads,
 and what it compiles cannot be saved in the graph: there the engine is the ONNX file as it is, and the compiled parts
-lie in a folder beside it.
+lie in a folder beside it, whose names for them come from the engine's.
 """
 
 import errno
@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from typing import Any, Callable, Dict, List, Tuple
 
-from jetway.tasks.on_device import errors, gpu, machine
+from jetway.tasks.on_device import errors, gpu, machine, outputs
 from jetway.tasks.on_device.errors import DeviceError
 from jetway.tasks.on_device.onnx_file import OnnxFile
 from jetway.tasks.on_device.tensors import Tensor
@@ -158,6 +158,7 @@ def build(
 ) -> Dict[str, Any]:
     """Optimizes the ONNX file for this machine and writes the result. Raises DeviceError with its cause."""
     options = build_options(request)
+    _check_whole(OnnxFile(request["onnx"]))
     if TENSORRT in options["providers"]:
         shutil.copyfile(request["onnx"], engine_path)
         return {}
@@ -170,6 +171,17 @@ def build(
     except Exception as exc:  # ONNX Runtime's exceptions have no base class of their own
         raise build_error(exc, request["onnx"], os.path.dirname(engine_path))
     return {}
+
+
+def _check_whole(onnx: OnnxFile) -> None:
+    """What is saved would go on pointing at weights in files of their own, from another folder."""
+    if onnx.external_paths:
+        names = ", ".join(os.path.basename(path) for path in onnx.external_paths)
+        raise DeviceError(
+            "The network's weights lie in {}, and ONNX Runtime's engine is one file. Export the network with its "
+            "weights inside.".format(names),
+            errors.BAD_REQUEST,
+        )
 
 
 def _open(path: str, native: Any, options: Dict[str, Any]) -> Any:
@@ -192,7 +204,7 @@ def _provider_options(name: str, path: str, options: Dict[str, Any]) -> Dict[str
     given = options.get("provider_options", {}).get(name, {})  # type: Dict[str, str]
     if name != TENSORRT:
         return given
-    return dict(given, trt_engine_cache_enable="True", trt_engine_cache_path=path + ".tensorrt")
+    return dict(given, trt_engine_cache_enable="True", trt_engine_cache_path=outputs.compiled_folder(path))
 
 
 class OnnxRuntimeSession:

@@ -26,6 +26,11 @@ def timing_caches_folder(work_dir: str) -> str:
     return _folder(work_dir, "timing_caches", ENGINES_KEPT_S)
 
 
+def compiled_folder(engine_path: str) -> str:
+    """For what an engine that compiles parts of itself as it is loaded keeps for the next time."""
+    return engine_path + ".compiled"
+
+
 def result_path(work_dir: str, name: str, suffix: str) -> str:
     """A new file for the host to pull."""
     unique = "{}-{}-{}{}".format(name, os.getpid(), time.time(), suffix)

@@ -1,5 +1,6 @@
 """The passport of an engine: a JSON file beside it that says what it is, what made it, and where it fits."""
 
+import glob
 import hashlib
 import json
 import os
@@ -29,14 +30,26 @@ def current_platform(engine: str, load_options: Dict[str, Any]) -> Dict[str, Any
     return dict(facts, simulated=machine.simulated() or facts.get("double", False))
 
 
-def build_key(request: Dict[str, Any], facts: Dict[str, Any]) -> str:
+def file_name(request: Dict[str, Any], facts: Dict[str, Any]) -> str:
     """Name of the engine that this machine builds from the ONNX file: same inputs, same name.
 
     ``facts`` are those of the passport that are known before the build. ``revision`` of the request is the
-    recipe's: raising it asks for a new build of the same.
+    recipe's: raising it asks for a new build of the same. Behind the dash stands how the engine is loaded: what
+    differs in that alone need not be built again.
     """
-    known = dict(facts, onnx=request["onnx_sha256"], revision=request["revision"])
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode("utf-8")).hexdigest()[:32]
+    made_of = {key: value for key, value in facts.items() if key != "load_options"}
+    known = dict(made_of, onnx=request["onnx_sha256"], revision=request["revision"])
+    return "{}-{}.engine".format(_digest(known, 32), _digest(facts["load_options"], 8))
+
+
+def _digest(value: Any, characters: int) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()[:characters]
+
+
+def loaded_otherwise(engine_path: str) -> Optional[str]:
+    """A sound engine that differs from this one in how it is loaded alone; None without one."""
+    others = glob.glob(engine_path.rpartition("-")[0] + "-*.engine")
+    return next((path for path in sorted(others) if path != engine_path and is_sound(path)), None)
 
 
 def write(engine_path: str, passport: Dict[str, Any]) -> None:

@@ -241,12 +241,14 @@ def test_engines_stay_loaded_where_the_memory_holds_them(asked, engine, device, 
     assert benchmark.keep_loaded({"keep_loaded": asked}, {name: peak for name in "ab"}) is kept
 
 
-def test_the_scenario_throughput_is_refused_for_an_engine_that_has_none(workplace, networks):
-    asked = request(workplace, networks, scenarios=["latency", "throughput"])
-    with pytest.raises(DeviceError, match=r"benchmark\.scenarios.*first, second") as caught:
-        benchmark.run(asked, workplace.progress.append)
-    assert caught.value.kind == "bad_request"
-    assert workplace.progress[-1]["text"] == "built"  # the last of the builds before
+def test_an_engine_without_queries_in_flight_is_left_out_of_their_passes_and_that_is_said(
+    workplace, networks
+):
+    asked = request(workplace, networks, scenarios=["latency", "throughput"], profile_layers=True)
+    result = benchmark.run(asked, workplace.progress.append)
+    assert result["left_out"] == {"first": ["throughput", "layers"], "second": ["throughput", "layers"]}
+    assert result["throughput"] == result["layers"] == {}
+    assert result["samples"]
 
 
 def test_a_corrupt_engine_is_refused_before_anything_runs(workplace, networks):

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from jetway.tasks.on_device import machine, onnxruntime_engine, passport
+from jetway.tasks.on_device import machine, onnxruntime_engine, outputs, passport
 from jetway.tasks.on_device.errors import DeviceError
 from jetway.tasks.on_device.onnx_file import OnnxFile
 from jetway.tasks.on_device.onnxruntime_engine import OnnxRuntimeSession, load_options
@@ -103,6 +103,15 @@ def test_a_raised_revision_builds_anew(workplace, networks):
     raised = workplace.build(networks["conv"], workplace.images(1), revision=2)
     assert not raised["reused"]
     assert raised["engine"] != first["engine"]
+
+
+def test_weights_in_a_file_of_their_own_are_refused(workplace, networks):
+    """The optimized file would go on pointing at them, from another folder."""
+    network, path = onnx.load(networks["conv"]), workplace.folder / "split.onnx"
+    onnx.save(network, path, save_as_external_data=True, location="split.weights", size_threshold=0)
+    error = refusal(workplace, path, workplace.images(1))
+    assert error.kind == "bad_request"
+    assert "split.weights" in str(error)
 
 
 def corrupt(path):
@@ -319,7 +328,7 @@ def test_the_tensorrt_provider_keeps_what_it_compiles_beside_the_engine(gpu_runt
     assert options["graph_optimization_level"] == "ORT_ENABLE_ALL"
     onnxruntime_engine._open("/work/a.engine", None, options)
     assert dict(gpu_runtime.asked)["TensorrtExecutionProvider"] == {
-        "trt_engine_cache_enable": "True", "trt_engine_cache_path": "/work/a.engine.tensorrt",
+        "trt_engine_cache_enable": "True", "trt_engine_cache_path": "/work/a.engine.compiled",
     }  # fmt: skip
     onnxruntime_engine.build(request, "copy.engine", print)
     assert Path("copy.engine").read_bytes() == networks["conv"].read_bytes()
@@ -331,9 +340,25 @@ def test_the_tensorrt_provider_is_told_of_types_in_the_file(workplace, networks)
     assert onnxruntime_engine.tensorrt_flags(OnnxFile(str(networks["conv"]))) == {}
 
 
+def test_what_an_engine_compiles_as_it_is_first_loaded_is_kept(workplace, networks, monkeypatch):
+    plain = onnxruntime_engine.Session
+
+    def session(path, options):
+        compiled = Path(outputs.compiled_folder(path))
+        compiled.mkdir(exist_ok=True)
+        (compiled / f"{Path(path).name}.part").touch()
+        return plain(path, options)
+
+    monkeypatch.setattr(onnxruntime_engine, "Session", session)
+    engine = Path(workplace.build(networks["conv"], workplace.images(1))["engine"])
+    (part,) = Path(outputs.compiled_folder(str(engine))).iterdir()
+    assert part.name == f"{engine.name}.part"
+    assert not list(Path.cwd().iterdir())
+
+
 def test_old_folders_are_swept_too(workplace, networks):
     built = workplace.build(networks["conv"], workplace.images(1))
-    compiled = Path(built["engine"] + ".tensorrt")
+    compiled = Path(outputs.compiled_folder(built["engine"]))
     compiled.mkdir()
     (compiled / "part").touch()
     os.utime(compiled, (0, 0))

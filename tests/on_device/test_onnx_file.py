@@ -69,3 +69,23 @@ def test_a_file_that_is_cut_off_is_no_error(tmp_path, networks, length):
 def test_a_file_that_is_no_onnx_is_no_error(tmp_path):
     (tmp_path / "text").write_bytes(b"this is no model" * 10)
     assert OnnxFile(str(tmp_path / "text")).nodes == []
+
+
+def test_files_of_weights_are_found_in_branches_too(tmp_path):
+    outer = numpy_helper.from_array(np.ones(4096, np.float32), "w")
+    inner = numpy_helper.from_array(np.ones(4096, np.float16), "v")
+    for tensor, location in ((outer, "outer.bin"), (inner, "inner.bin")):
+        onnx.external_data_helper.set_external_data(tensor, location)
+        tensor.data_location = TensorProto.EXTERNAL
+    out = helper.make_tensor_value_info("b", TensorProto.FLOAT16, None)
+    branch = helper.make_graph([helper.make_node("Identity", ["v"], ["b"])], "branch", [], [out], [inner])
+    nodes = [
+        helper.make_node("Add", ["x", "w"], ["y"]),
+        helper.make_node("If", ["c"], ["z"], then_branch=branch, else_branch=branch),
+    ]
+    graph = helper.make_graph(nodes, "graph", [], [], [outer])
+    (tmp_path / "a.onnx").write_bytes(helper.make_model(graph).SerializeToString())
+    found = OnnxFile(str(tmp_path / "a.onnx"))
+    assert found.external_paths == [str(tmp_path / "inner.bin"), str(tmp_path / "outer.bin")]
+    assert found.types == {"fp32", "fp16"}
+    assert [node["operator"] for node in found.nodes] == ["Add", "If"]

@@ -5,6 +5,7 @@ such as the ladder, it runs as on a target.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -156,7 +157,7 @@ class Networks:
         ]
         return self.save(name, nodes, [weight("w", np.float32)], shape, **options)
 
-    def half(self, dtype=TensorProto.FLOAT16):
+    def half(self, dtype=TensorProto.FLOAT16, shape=(1, 3, 8, 8)):
         values = weight("w", np.float32)
         typed = helper.make_tensor("w", dtype, values.dims, numpy_helper.to_array(values).ravel())
         nodes = [
@@ -165,7 +166,7 @@ class Networks:
             helper.make_node("Relu", ["features"], ["active"], name="stem/relu"),
             helper.make_node("Cast", ["active"], ["scores"], name="to_float", to=TensorProto.FLOAT),
         ]
-        return self.save(f"low{dtype}", nodes, [typed])
+        return self.save(f"low{dtype}{shape[0]}", nodes, [typed], shape)
 
     def quantized(self):
         scale = numpy_helper.from_array(np.float32(0.1), "s")
@@ -283,6 +284,43 @@ def test_other_options_give_another_engine(device, nets, images, tmp_path):
     plain = there.call("build", "run", job_request(nets.plain(), inputs, work), "PROGRESS")
     tf32 = there.call("build", "run", job_request(nets.plain(), inputs, work, tf32=True), "PROGRESS")
     assert tf32["engine"] != plain["engine"]
+
+
+def test_changed_weights_in_a_file_of_their_own_are_built_anew(device, images, tmp_path):
+    path = Networks(tmp_path).plain(save_as_external_data=True, location="weights", size_threshold=0)
+    there, request = device("10.3.0"), job_request(path, images(), tmp_path / "work")
+    first = there.call("build", "run", request, "PROGRESS")
+    weights = tmp_path / "weights"
+    assert first["passport"]["external_data"] == {"weights": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    assert there.call("build", "run", request, "PROGRESS")["reused"]
+    weights.write_bytes(bytes(weights.stat().st_size))
+    second = there.call("build", "run", request, "PROGRESS")
+    assert not second["reused"]
+    assert second["engine"] != first["engine"]
+
+
+@pytest.mark.parametrize("version", ["8.2.1.8", "10.3.0"])
+def test_how_an_engine_is_loaded_asks_for_no_other_build(device, nets, images, tmp_path, version):
+    there, inputs, work = device(version), images(), tmp_path / "work"
+    plain = there.call("build", "run", job_request(nets.plain(), inputs, work), "PROGRESS")
+    asked = job_request(nets.plain(), inputs, work, cuda_graph=True, streams=2)
+    # A build would run into it.
+    graph = there.call("build", "run", asked, "PROGRESS", TENSORRT_DOUBLE_FAULT="out_of_memory_above:1")
+    assert graph["reused"]
+    assert graph["passport"]["load_options"]["cuda_graph"]
+    for key in ("engine_sha256", "options", "ladder", "built_at", "build_s"):
+        assert graph["passport"][key] == plain["passport"][key]
+    again = there.call("build", "run", job_request(nets.plain(), inputs, work), "PROGRESS")
+    assert again == {**plain, "reused": True}
+
+
+def test_a_way_of_loading_that_does_not_work_here_is_refused_for_a_copy_too(device, nets, images, tmp_path):
+    there, inputs, work = device("10.3.0"), images(), tmp_path / "work"
+    there.call("build", "run", job_request(nets.plain(), inputs, work), "PROGRESS")
+    shared = job_request(nets.plain(), inputs, work, zero_copy=True)
+    with pytest.raises(Refused, match="zero_copy"):
+        there.call("build", "run", shared, "PROGRESS", CUDART_DOUBLE_INTEGRATED="0")
+    assert len(list((work / "engines").glob("*.engine"))) == 1
 
 
 def test_an_engine_that_cannot_be_loaded_is_not_kept(device, nets, images, tmp_path):
@@ -686,6 +724,14 @@ def test_open_shapes_are_refused_on_a_dla(build, nets):
     shapes = {"min": [1, 3, 8, 8], "opt": [1, 3, 8, 8], "max": [2, 3, 8, 8]}
     with pytest.raises(Refused, match="takes one shape"):
         build("8.5.2.2", network, precision="fp16", dla=DLA, profiles=[{"image": shapes}])
+
+
+@pytest.mark.parametrize("version", ["8.5.2.2", "10.7.0", "11.4.0.106"])
+def test_an_open_batch_runs_on_a_dla_where_its_profile_is_one_shape(build, nets, version):
+    network = nets.half(shape=("batch", 3, 8, 8))
+    shapes = dict.fromkeys(("min", "opt", "max"), [1, 3, 8, 8])
+    facts = build(version, network, precision="fp16", dla=DLA, profiles=[{"image": shapes}])
+    assert "DLA" in {entry["device"] for entry in facts["placement"]}
 
 
 # The ladder

@@ -84,6 +84,12 @@ def test_notes_tell_what_was_asked_for_and_is_missing(result):
     assert failed.metrics("baseline-fp32")["trtexec_gpu_compute_ratio"] is None
 
 
+def test_notes_tell_which_passes_an_engine_cannot_take(result):
+    some = result.model_copy(update={"left_out": {"baseline-fp32": ("throughput",)}})
+    assert some.notes("baseline-fp32")[0] == "no throughput: for TensorRT engines alone"
+    assert not any("TensorRT" in note for note in result.notes("baseline-fp32"))
+
+
 def test_the_result_is_json(result):
     assert BenchmarkResult.model_validate_json(result.model_dump_json()) == result
 

@@ -30,7 +30,8 @@ DEFAULTS = {
 }  # type: Dict[str, Any]
 DLA_DEFAULTS = {"core": 0, "gpu_fallback": True, "layers": {}}  # type: Dict[str, Any]
 CALIBRATION_DEFAULTS = {"algorithm": "entropy", "batches": [], "cache": None}  # type: Dict[str, Any]
-LOAD_OPTIONS = ("version_compatible", "cuda_graph", "zero_copy", "streams")
+#: They say how an engine runs, and leave the engine as it is.
+LOAD_ONLY = ("cuda_graph", "zero_copy", "streams")
 CHOICES = {
     "precision": PRECISIONS,
     "int8_rest": FLOATS,
@@ -56,7 +57,8 @@ def normalised(request: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def recorded(options: Dict[str, Any]) -> Dict[str, Any]:
-    """The options as a passport has them: calibration files by digest instead of by path."""
+    """The options that make the engine what it is: calibration files by digest instead of by path."""
+    options = {key: value for key, value in options.items() if key not in LOAD_ONLY}
     calibration = options["calibration"]
     if calibration is None:
         return options
@@ -72,7 +74,7 @@ def recorded(options: Dict[str, Any]) -> Dict[str, Any]:
 def for_loading(options: Dict[str, Any]) -> Dict[str, Any]:
     """What running the built engine needs of them."""
     core = options["dla"]["core"] if options["dla"] else None
-    return dict({key: options[key] for key in LOAD_OPTIONS}, dla_core=core)
+    return dict({key: options[key] for key in LOAD_ONLY + ("version_compatible",)}, dla_core=core)
 
 
 def _filled(given: Dict[str, Any], defaults: Dict[str, Any], section: str) -> Dict[str, Any]:

@@ -217,7 +217,7 @@ def _dla(network, config):
         yield f"Error Code 3: API Usage Error (DLA core {config.DLA_core} is not on this platform)"
     elif _is_explicit(network) and not _settings.MAJOR >= 11:
         yield "Error Code 9: Internal Error (DLA does not support networks with Q/DQ layers)"
-    elif any(-1 in tensor._shape for tensor in network._inputs):
+    elif not config._has_one_shape(network):
         yield "Error Code 9: Internal Error (DLA does not support dynamic shapes)"
     elif not (network._is_strongly_typed() or config._has("FP16", "INT8")):
         yield "Error Code 9: Internal Error (DLA needs FP16 or INT8)"

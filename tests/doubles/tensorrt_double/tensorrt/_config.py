@@ -278,6 +278,11 @@ class IBuilderConfig(_native.Native):
 
     def can_run_on_DLA(self, layer):
         _native.require(layer, _network.ILayer, "can_run_on_DLA")
-        shapes = [layer._network._tensors[name]._shape for name in layer._inputs() + layer._node.outputs]
-        fixed = all(-1 not in shape for shape in shapes)
+        fixed = self._has_one_shape(layer._network)
         return bool(_settings.dla_cores()) and fixed and layer._node.op_type in DLA_OPERATORS
+
+    def _has_one_shape(self, network):
+        """An open dimension does no harm where min, opt and max of every profile are the same."""
+        opened = [tensor._name for tensor in network._inputs if -1 in tensor._shape]
+        ranges = [profile._shapes.get(name, []) for profile in self._profiles for name in opened]
+        return not opened or bool(ranges) and all(len({tuple(shape) for shape in one}) == 1 for one in ranges)
