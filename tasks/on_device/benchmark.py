@@ -9,7 +9,6 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 from jetway.tasks.on_device import (
     engines,
-    errors,
     latency,
     layers,
     lease,
@@ -22,7 +21,6 @@ from jetway.tasks.on_device import (
     throughput,
     trtexec,
 )
-from jetway.tasks.on_device.errors import DeviceError
 from jetway.tasks.on_device.latency import CANARY, Entrant, ReloadedEntrant
 from jetway.tasks.on_device.telemetry import watch
 

@@ -5,7 +5,7 @@ The fields are those of onnx.proto. Weights are skipped over, so a large file co
 
 import mmap
 import os
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 MODEL_GRAPH = 7
 GRAPH_NODE, GRAPH_INITIALIZER = 1, 5
@@ -38,7 +38,7 @@ class OnnxFile:
             except (ValueError, IndexError):
                 pass  # empty, or cut off: the engine's own parser says so better
         folder = os.path.dirname(path)
-        self.external_paths = [os.path.join(folder, name) for name in sorted(self._locations)]  # type: List[str]
+        self.external_paths = [os.path.join(folder, name) for name in sorted(self._locations)]
 
     def _read(self, data: Any) -> None:
         for number, value in _fields(data, 0, len(data)):

@@ -729,7 +729,7 @@ def test_open_shapes_are_refused_on_a_dla(build, nets):
 @pytest.mark.parametrize("version", ["8.5.2.2", "10.7.0", "11.4.0.106"])
 def test_an_open_batch_runs_on_a_dla_where_its_profile_is_one_shape(build, nets, version):
     network = nets.half(shape=("batch", 3, 8, 8))
-    shapes = dict.fromkeys(("min", "opt", "max"), [1, 3, 8, 8])
+    shapes = {key: [1, 3, 8, 8] for key in ("min", "opt", "max")}
     facts = build(version, network, precision="fp16", dla=DLA, profiles=[{"image": shapes}])
     assert "DLA" in {entry["device"] for entry in facts["placement"]}
 

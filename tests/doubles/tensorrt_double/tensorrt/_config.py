@@ -285,4 +285,6 @@ class IBuilderConfig(_native.Native):
         """An open dimension does no harm where min, opt and max of every profile are the same."""
         opened = [tensor._name for tensor in network._inputs if -1 in tensor._shape]
         ranges = [profile._shapes.get(name, []) for profile in self._profiles for name in opened]
-        return not opened or bool(ranges) and all(len({tuple(shape) for shape in one}) == 1 for one in ranges)
+        return not opened or (
+            bool(ranges) and all(len({tuple(shape) for shape in one}) == 1 for one in ranges)
+        )
