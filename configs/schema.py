@@ -119,6 +119,20 @@ class PruneConfig(StageSection):
     pruning_ratios: dict[str, Ratio] = Field(
         default_factory=dict, description="Ratios of single modules, by glob over module names."
     )
+    head_ratio: Ratio = Field(
+        default=0.0,
+        description="Share of the heads that every attention loses as a whole, to the nearest head.",
+    )
+    head_ratios: dict[str, Ratio] = Field(
+        default_factory=dict,
+        description="head_ratio of single attention modules, by glob over module names: '*.attn': 0.25 makes 6 "
+        "of 8 heads.",
+    )
+    head_dim_ratio: Ratio | None = Field(
+        default=None,
+        description="Share of the channels that every head loses; pruning_ratio by default. The embedding's width "
+        "follows pruning_ratio, or pruning_ratios of the layer that makes it.",
+    )
     target_macs_ratio: float | None = Field(
         default=None,
         gt=0,

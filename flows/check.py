@@ -16,7 +16,7 @@ from jetway.tasks.export import onnx_node_names
 from jetway.tasks.load import NO_BASELINE, checkpoint_input
 from jetway.tasks.lowering.for_tensorrt import check_patterns
 from jetway.tasks.preflight import check_target, probe_target
-from jetway.tasks.prune import matching_names, prunable_names
+from jetway.tasks.prune import matching_attention, matching_names, prunable_names
 from jetway.tasks.quantization import matching_modules
 from jetway.tasks.requirements import profile_problems
 from jetway.tasks.target.session import open_target
@@ -49,6 +49,7 @@ def check_recipe_fits(recipe: Recipe, path: Path, workload: Workload) -> None:
         names = prunable_names(network)
         matching_names(recipe.prune.ignored_layers, names, "prune.ignored_layers")
         matching_names(recipe.prune.pruning_ratios, names, "prune.pruning_ratios")
+        matching_attention(recipe.prune.head_ratios, network, "prune.head_ratios")
     if any(variant.precision.has_quantizers for variant in recipe.variants):
         matching_modules(network, recipe.qat.keep_float, key="qat.keep_float")
     if recipe.tensorrt.mixed:

@@ -7,12 +7,11 @@ grouped layers by the wrong count and can pass the largest ratio within one step
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,21 +22,25 @@ from torch.nn.modules.conv import _ConvNd
 from torch_pruning.ops import OPTYPE
 
 from jetway.configs.schema import Importance
+from jetway.tasks.attention import (
+    Attention,
+    attention_widths,
+    bridged,
+    cut_attention,
+    find_attention,
+    fused_projections,
+    head_counts,
+    is_bridge,
+    score_channels,
+    unknown_attention_layers,
+    update_widths,
+)
 from jetway.tasks.errors import PruningError, WorkloadError
 from jetway.tasks.workload import Inputs, Outputs, call_network
-
-logger = logging.getLogger("jetway")
 
 Handler = Callable[..., Any]
 
 _ROOT_TYPES = (_ConvNd, nn.Linear)
-_HEADS = ("num_heads", "n_heads", "n_head", "heads", "num_attention_heads")
-_FUSED = ("qkv", "to_qkv", "qkv_proj", "Wqkv", "c_attn", "query_key_value")
-_SEPARATE = (("q", "k", "v"), ("query", "key", "value"), ("q_proj", "k_proj", "v_proj"),
-             ("to_q", "to_k", "to_v"), ("wq", "wk", "wv"))  # fmt: skip
-# Attributes of attention modules that hold the width of one head, or of all.
-_HEAD_WIDTH = ("head_dim", "dim_head", "attention_head_size", "d_head", "d_k")
-_INNER_WIDTH = ("inner_dim", "attn_dim", "all_head_size", "embed_dim", "dim", "d_model", "hidden_size")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class Candidate:
     blocks: int
     #: Importance of each channel of a block, the mean over the blocks.
     scores: Tensor
+    #: Importance of each block, the mean over its channels.
+    block_scores: Tensor
+    #: The attention whose heads the blocks are, and that is cut without Torch-Pruning.
+    attention: Attention | None = None
 
 
 @dataclass(frozen=True)
@@ -63,15 +70,19 @@ class Cut:
     root: str
     handler: Handler
     indices: list[int]
+    attention: Attention | None = None
+    #: Heads that go as a whole; their channels are among the indices.
+    heads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of each group may go; ``initial`` are its channels before the first step, by root."""
+    """How much of each group may go; ``initial`` are its channels and heads before the first step, by root."""
 
     round_to: int
     max_pruning_ratio: float
     initial: Mapping[str, int]
+    initial_heads: Mapping[str, int] = field(default_factory=dict)
 
 
 def make_importance(name: Importance) -> Any:
@@ -97,7 +108,12 @@ def trace_dependencies(network: nn.Module, inputs: Inputs, output_names: Sequenc
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     graph = tp.DependencyGraph()
-    with torch.enable_grad(), warnings.catch_warnings(), _failures_named(network, "cannot be traced"):
+    with (
+        bridged(network),
+        torch.enable_grad(),
+        warnings.catch_warnings(),
+        _failures_named(network, "cannot be traced"),
+    ):
         # It warns of parameters outside layers, which are pruned by their last dimension, as is right.
         warnings.simplefilter("ignore")
         graph.build_dependency(
@@ -116,11 +132,18 @@ def find_candidates(
     network: nn.Module, graph: Any, importance: Any, ignored: frozenset[str]
 ) -> list[Candidate]:
     """All groups that may lose channels: none that reaches an output, none with an ignored member."""
-    blocks = _channel_blocks(network)
-    ignored = ignored | _unknown_attention_layers(network)
-    found = []
+    blocks, attentions = _channel_blocks(network), find_attention(network)
+    apart = {name for attention in attentions for name in attention.projections}
+    ignored = ignored | unknown_attention_layers(network)
+    found: list[Candidate | None] = [
+        _attention_candidate(network, attention, importance)
+        for attention in attentions
+        if ignored.isdisjoint(attention.members)
+    ]
     for group in graph.get_all_groups(root_module_types=_ROOT_TYPES):
         members = tuple(_members(graph, group))
+        if not apart.isdisjoint(members) or any(map(is_bridge, members)):
+            continue
         if _reaches_output(group) or ignored.intersection(members):
             continue
         with _unfollowed(members[0]):
@@ -129,7 +152,7 @@ def find_candidates(
         count = max([1, *(blocks[name] for name in _blocked(graph, group, blocks))])
         if scores is not None and len(scores) % count == 0:
             found.append(_candidate(graph, group, members, count, scores))
-    return found
+    return [candidate for candidate in found if candidate is not None]
 
 
 def plan_cuts(
@@ -139,11 +162,13 @@ def plan_cuts(
     limits: Limits,
     *,
     ranked_globally: bool,
+    head_ratios: Mapping[str, float] | None = None,
 ) -> list[Cut]:
     """The least important channels of each group, so many that ``ratio`` of the initial ones are gone.
 
     ``ratios`` names members with a ratio of their own; a group follows the smallest of its members'.
-    Channel counts go to the nearest multiple of ``round_to`` and of the group's blocks, never to none.
+    Channel counts go to the nearest multiple of ``round_to`` and of the group's blocks, never to none; with a
+    ratio of 0 they stay. ``head_ratios`` are the shares of whole heads that go, by attention module.
     """
     own = _own_ratios(candidates, ratios)
     free = [candidate for candidate in candidates if candidate.root not in own]
@@ -151,10 +176,11 @@ def plan_cuts(
     cuts = []
     for candidate in candidates:
         share = own.get(candidate.root, ratio)
+        blocks = _kept_blocks(candidate, head_ratios or {}, limits)
         wanted = ranked.get(candidate.root, limits.initial[candidate.root] * (1 - share))
-        kept = _allowed_channels(candidate, wanted, limits)
+        kept = _allowed_channels(candidate, wanted, blocks, limits)
         if kept < candidate.channels:
-            cuts.append(_cut(candidate, kept))
+            cuts.append(_cut(candidate, kept, blocks))
     return cuts
 
 
@@ -163,9 +189,12 @@ def apply_cuts(network: nn.Module, inputs: Inputs, output_names: Sequence[str], 
 
     Raises PruningError when a layer would be left without channels.
     """
-    widths = {name: _inner_width(module) for name, module in _attention_modules(network)}
-    graph = trace_dependencies(network, inputs, output_names)
     for cut in cuts:
+        if cut.attention:
+            cut_attention(network, cut.attention, cut.indices, cut.heads)
+    widths = attention_widths(network)
+    graph = trace_dependencies(network, inputs, output_names)
+    for cut in (cut for cut in cuts if not cut.attention):
         with _unfollowed(cut.root):
             group = graph.get_pruning_group(network.get_submodule(cut.root), cut.handler, cut.indices)
             if not graph.check_pruning_group(group):
@@ -174,8 +203,8 @@ def apply_cuts(network: nn.Module, inputs: Inputs, output_names: Sequence[str], 
                     "Lower prune.pruning_ratio or prune.max_pruning_ratio, or add it to prune.ignored_layers."
                 )
             group.prune()
-    for name, module in _attention_modules(network):
-        _update_widths(module, widths[name])
+    for name, (width, heads) in widths.items():
+        update_widths(network.get_submodule(name), width, heads)
 
 
 def checked_outputs(network: nn.Module, inputs: Inputs, output_names: Sequence[str]) -> Outputs:
@@ -224,28 +253,66 @@ def _reaches_output(group: Any) -> bool:
 
 def _candidate(graph: Any, group: Any, members: tuple[str, ...], blocks: int, scores: Tensor) -> Candidate:
     root = group[0].dep
+    by_block = scores.detach().cpu().view(blocks, -1)
     return Candidate(
         root=graph._module2name[root.target.module],
         handler=root.handler,
         members=members,
         channels=len(scores),
         blocks=blocks,
-        scores=scores.detach().cpu().view(blocks, -1).mean(dim=0),
+        scores=by_block.mean(dim=0),
+        block_scores=by_block.mean(dim=1),
     )
 
 
-def _cut(candidate: Candidate, kept: int) -> Cut:
+def _attention_candidate(network: nn.Module, attention: Attention, importance: Any) -> Candidate | None:
+    scores = score_channels(network, attention, importance)
+    if scores is None:
+        return None
+    by_head = scores.detach().cpu().view(attention.heads, -1)
+    return Candidate(
+        root=attention.projections[0],
+        handler=tp.prune_linear_out_channels,
+        members=attention.members,
+        channels=attention.width,
+        blocks=attention.heads,
+        attention=attention,
+        scores=by_head.mean(dim=0),
+        block_scores=by_head.mean(dim=1),
+    )
+
+
+def _cut(candidate: Candidate, kept: int, blocks: int) -> Cut:
+    """The least important blocks as a whole, and of those that stay the least important channels."""
     size = candidate.channels // candidate.blocks
-    dropped = torch.argsort(candidate.scores, stable=True)[: size - kept // candidate.blocks].tolist()
-    indices = sorted(block * size + channel for block in range(candidate.blocks) for channel in dropped)
-    return Cut(candidate.root, candidate.handler, indices)
+    gone = torch.argsort(candidate.block_scores, stable=True)[: candidate.blocks - blocks].tolist()
+    dropped = torch.argsort(candidate.scores, stable=True)[: size - kept // blocks].tolist()
+    indices = [
+        block * size + channel
+        for block in range(candidate.blocks)
+        for channel in (range(size) if block in gone else sorted(dropped))
+    ]
+    return Cut(candidate.root, candidate.handler, indices, candidate.attention, tuple(sorted(gone)))
 
 
-def _allowed_channels(candidate: Candidate, wanted: float, limits: Limits) -> int:
-    step = math.lcm(limits.round_to, candidate.blocks)
-    least = math.ceil(limits.initial[candidate.root] * (1 - limits.max_pruning_ratio) / step) * step
-    nearest = math.floor(wanted / step + 0.5) * step
-    return min(max(nearest, least, step), candidate.channels)
+def _kept_blocks(candidate: Candidate, head_ratios: Mapping[str, float], limits: Limits) -> int:
+    """Heads that stay, to the nearest, at least one; the blocks of anything else all stay."""
+    share = head_ratios.get(candidate.attention.name, 0.0) if candidate.attention else 0.0
+    initial = limits.initial_heads.get(candidate.root, candidate.blocks)
+    least = math.ceil(initial * (1 - limits.max_pruning_ratio))
+    return min(max(round(initial * (1 - share)), least, 1), candidate.blocks)
+
+
+def _allowed_channels(candidate: Candidate, wanted: float, blocks: int, limits: Limits) -> int:
+    """``wanted`` of the initial channels, were all blocks there, as a count for ``blocks`` of them."""
+    initial, most = limits.initial[candidate.root], candidate.channels // candidate.blocks * blocks
+    if wanted == initial:
+        return most
+    share = blocks / limits.initial_heads.get(candidate.root, candidate.blocks)
+    step = math.lcm(limits.round_to, blocks)
+    least = math.ceil(initial * share * (1 - limits.max_pruning_ratio) / step) * step
+    nearest = math.floor(wanted * share / step + 0.5) * step
+    return min(max(nearest, least, step), most)
 
 
 def _globally_kept(candidates: Sequence[Candidate], ratio: float, limits: Limits) -> dict[str, int]:
@@ -268,58 +335,7 @@ def _channel_blocks(network: nn.Module) -> dict[str, int]:
             blocks[name] = module.num_groups
         elif isinstance(module, nn.MultiheadAttention):
             blocks[name] = module.num_heads
-    for name, module in _attention_modules(network):
-        for layer in _projections(module):
-            blocks[f"{name}.{layer}".lstrip(".")] = _heads(module)
-    return blocks
-
-
-def _heads(module: nn.Module) -> int:
-    found = [vars(module)[key] for key in _HEADS if type(vars(module).get(key)) is int]
-    return found[0] if found else 0
-
-
-def _has_heads(module: nn.Module) -> bool:
-    return _heads(module) > 0 and not isinstance(module, nn.MultiheadAttention)
-
-
-def _below(module: nn.Module) -> list[nn.Module]:
-    """All modules inside of this one."""
-    return list(module.modules())[1:]
-
-
-def _projections(module: nn.Module) -> tuple[str, ...]:
-    """Names of the linear layers that make queries, keys and values of equal width; empty when not known."""
-    for names in (*((name,) for name in _FUSED), *_SEPARATE):
-        layers = [getattr(module, name, None) for name in names]
-        widths = {layer.out_features if isinstance(layer, nn.Linear) else 0 for layer in layers}
-        if len(widths) == 1 and widths.pop() > 0:
-            return names
-    return ()
-
-
-def _attention_modules(network: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Attention written by hand: it knows its heads, and its projections have names that we know."""
-    return [
-        (name, module)
-        for name, module in network.named_modules()
-        if _has_heads(module) and _projections(module)
-    ]
-
-
-def _unknown_attention_layers(network: nn.Module) -> frozenset[str]:
-    """Linear layers of modules with heads whose projections have other names: left alone, and said so."""
-    layers = set()
-    for name, module in network.named_modules():
-        if not _has_heads(module) or _projections(module) or any(map(_heads, _below(module))):
-            continue
-        own = {
-            f"{name}.{child}".lstrip(".") for child, m in module.named_children() if isinstance(m, nn.Linear)
-        }
-        if own:
-            logger.warning("prune: %r has heads, but no projections of a known name: it stays whole", name)
-        layers |= own
-    return frozenset(layers)
+    return blocks | head_counts(network)
 
 
 def _attention_from_its_end(graph: Any, group: Any, network: nn.Module) -> Any:
@@ -327,12 +343,7 @@ def _attention_from_its_end(graph: Any, group: Any, network: nn.Module) -> Any:
 
     From a fused projection, each channel would count three times: as query, key and value.
     """
-    fused = {
-        getattr(module, _projections(module)[0])
-        for _, module in _attention_modules(network)
-        if len(_projections(module)) == 1
-    }
-    if group[0].dep.target.module not in fused:
+    if group[0].dep.target.module not in fused_projections(network):
         return group
     ends = [
         (dep, idxs)
@@ -343,21 +354,6 @@ def _attention_from_its_end(graph: Any, group: Any, network: nn.Module) -> Any:
         return group
     dep, idxs = ends[-1]
     return graph.get_pruning_group(dep.target.module, dep.handler, idxs)
-
-
-def _inner_width(module: nn.Module) -> int:
-    """Channels of all heads together."""
-    names = _projections(module)
-    width: int = getattr(module, names[0]).out_features
-    return width // 3 if len(names) == 1 else width
-
-
-def _update_widths(module: nn.Module, old: int) -> None:
-    new, heads = _inner_width(module), _heads(module)
-    for keys, before, after in ((_HEAD_WIDTH, old // heads, new // heads), (_INNER_WIDTH, old, new)):
-        for key in keys:
-            if vars(module).get(key) == before:
-                setattr(module, key, after)
 
 
 @contextmanager

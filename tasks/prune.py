@@ -16,6 +16,7 @@ from torch import nn
 
 from jetway.configs.schema import FinetuneConfig, Importance, PruneConfig, Section
 from jetway.tasks.artifacts import Checkpoint, StageOutput
+from jetway.tasks.attention import find_attention
 from jetway.tasks.channels import (
     Candidate,
     Cut,
@@ -116,6 +117,21 @@ def matching_names(patterns: Iterable[str], names: Sequence[str], key: str) -> d
     }
 
 
+def matching_attention(patterns: Iterable[str], network: nn.Module, key: str) -> dict[str, list[str]]:
+    """Attention modules that each pattern matches. Raises ConfigError where one matches none that can lose heads."""
+    able = [attention.name for attention in find_attention(network)]
+    matches = {pattern: [name for name in able if fnmatchcase(name, pattern)] for pattern in patterns}
+    known = f"These can: {', '.join(able)}." if able else "This network has none."
+    for pattern, found in matches.items():
+        if not found:
+            raise ConfigError(
+                f"{key}: {pattern!r} matches no attention that can lose whole heads. {known} It needs an attribute "
+                "num_heads, projections qkv or q, k, v, and one linear layer behind them inside the same module; "
+                "the heads of nn.MultiheadAttention are as wide together as its embedding, so prune its width."
+            )
+    return matches
+
+
 class _Pruner:
     """The network on its way, and what it was at the start."""
 
@@ -127,6 +143,7 @@ class _Pruner:
         self.baseline = copy.deepcopy(network)
         self.structure: Structure = describe_structure(context.workload.network(), network)
         self.initial: dict[str, int] = {}
+        self.initial_heads: dict[str, int] = {}
         self.ratios_used: list[float] = []
         #: Shares of the MACs that this step's cuts would leave, by their roots and sizes.
         self.tried: dict[tuple[tuple[str, int], ...], float] = {}
@@ -134,11 +151,24 @@ class _Pruner:
         ignored = matching_names(config.ignored_layers, names, "prune.ignored_layers")
         self.ignored = frozenset(name for found in ignored.values() for name in found)
         own = matching_names(config.pruning_ratios, names, "prune.pruning_ratios")
-        self.ratios = {name: config.pruning_ratios[pattern] for pattern in own for name in own[pattern]}
+        self.ratios = self._head_dim_ratios() | {
+            name: config.pruning_ratios[pattern] for pattern in own for name in own[pattern]
+        }
+        heads = matching_attention(config.head_ratios, network, "prune.head_ratios")
+        every = [attention.name for attention in find_attention(network)]
+        self.head_ratios = dict.fromkeys(every, config.head_ratio) | {
+            name: config.head_ratios[pattern] for pattern in heads for name in heads[pattern]
+        }
 
     @property
     def baseline_macs(self) -> int:
         return sum(self.before.values())
+
+    def _head_dim_ratios(self) -> dict[str, float]:
+        ratio = self.config.head_dim_ratio
+        if ratio is None:
+            return {}
+        return {attention.projections[0]: ratio for attention in find_attention(self.network)}
 
     def run_step(self, step: int) -> None:
         """Prunes to the share of the whole that this step is due, and reloads the result from its record."""
@@ -169,6 +199,7 @@ class _Pruner:
             )
         for candidate in candidates:
             self.initial.setdefault(candidate.root, candidate.channels)
+            self.initial_heads.setdefault(candidate.root, candidate.blocks)
         return candidates
 
     def _cuts(self, candidates: list[Candidate], ratio: float, share: float) -> list[Cut]:
@@ -176,8 +207,9 @@ class _Pruner:
             candidates,
             ratio,
             {name: own * share for name, own in self.ratios.items()},
-            Limits(self.config.round_to, self.config.max_pruning_ratio, self.initial),
+            Limits(self.config.round_to, self.config.max_pruning_ratio, self.initial, self.initial_heads),
             ranked_globally=self.config.scope == "global",
+            head_ratios={name: own * share for name, own in self.head_ratios.items()},
         )
 
     def _ratio(self, candidates: list[Candidate], share: float) -> float:
@@ -300,7 +332,30 @@ def _report(pruner: _Pruner, metrics: dict[str, float]) -> dict[str, Any]:
                     "macs_after": after.get(name, 0),
                 }
             )
-    return {"schema_version": 1, "ratios": pruner.ratios_used, "metrics": metrics, "modules": rows}
+    return {
+        "schema_version": 1,
+        "ratios": pruner.ratios_used,
+        "metrics": metrics,
+        "attention": _attention_rows(pruner),
+        "modules": rows,
+    }
+
+
+def _attention_rows(pruner: _Pruner) -> list[dict[str, Any]]:
+    before, after = (
+        {attention.name: attention for attention in find_attention(network)}
+        for network in (pruner.baseline, pruner.network)
+    )
+    return [
+        {
+            "module": name,
+            "heads_before": before[name].heads,
+            "heads_after": left.heads,
+            "head_dim_before": before[name].width // before[name].heads,
+            "head_dim_after": left.width // left.heads,
+        }
+        for name, left in after.items()
+    ]
 
 
 def _weight_shape(module: nn.Module) -> list[int]:

@@ -31,7 +31,7 @@ from jetway.tasks.prune import matching_names, prune_inputs, prune_network
 from jetway.tasks.stage import stage_key
 
 USER_PROJECT = Path(__file__).parent / "user_project"
-PRUNABLE = ["Residual", "Grouped", "Vit", "VitChunk", "VitSeparate", "Multihead", "Tokens"]
+PRUNABLE = ["Residual", "Grouped", "Vit", "VitChunk", "VitSeparate", "Swin", "Multihead", "Tokens"]
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_prune_halves_every_kind_of_network(start, network):
     output = pruned(context, baseline, pruning_ratio=0.5)
     record = checkpoint_record(context.store.open(output.handle)).structure
     assert output.metrics["macs_ratio"] < 0.65
-    assert len(json.dumps(record)) < 1500
+    assert len(json.dumps(record)) < 500 + 100 * len(record["tensors"])
     assert reload(context, output)(context.workload.example_inputs()["x"]).shape == (1, 5)
     table = context.store.load_json(output.files["pruning.json"])
     assert sum(row["macs_after"] for row in table["modules"]) <= output.metrics["macs"]
@@ -202,6 +202,64 @@ def test_prune_keeps_attention_heads_apart(start, network):
     assert (module.attn.num_heads, module.attn.head_dim) == (4, 6)
     assert module.attn.proj.in_features == 24
     assert torch.allclose(module(x), before, atol=1e-5)
+
+
+def rows_of_heads(heads, dim, width, parts):
+    return [width * part + head * dim + i for part in range(parts) for head in heads for i in range(dim)]
+
+
+@pytest.mark.parametrize("network", ["Vit", "VitSeparate", "Swin"])
+def test_prune_takes_the_silent_heads_as_a_whole_and_nothing_changes(start, network):
+    swin = network == "Swin"
+    heads, dead = (8, [1, 6]) if swin else (4, [2])
+    dim = 32 // heads
+
+    def prepare(module):
+        for attention in [block.attn for block in module.blocks] if swin else [module.attn]:
+            layers = [attention.q, attention.k, attention.v] if network == "VitSeparate" else [attention.qkv]
+            for layer in layers:
+                silence(layer.weight, layer.bias, rows_of_heads(dead, dim, 32, 3 // len(layers)))
+
+    context, baseline = start(network, prepare)
+    x = context.workload.evaluation_data().inputs[:4]
+    before = load_network(context.workload, baseline, context.store)(x)
+    output = pruned(context, baseline, pruning_ratio=0.0, head_ratio=0.25, importance="l1")
+    module = reload(context, output)
+    attention = module.blocks[3].attn if swin else module.attn
+    assert (attention.num_heads, attention.proj.in_features) == (heads - len(dead), 32 - dim * len(dead))
+    assert torch.allclose(module(x), before, atol=1e-5)
+    row = context.store.load_json(output.files["pruning.json"])["attention"][-1]
+    assert (row["heads_before"], row["heads_after"]) == (heads, heads - len(dead))
+    assert row["head_dim_before"] == row["head_dim_after"] == dim
+
+
+def test_prune_takes_heads_and_their_channels_and_the_embedding_by_ratios_of_their_own(start):
+    context, baseline = start("Swin")
+    ratios = {"patch": 0.25, "*.mlp.0": 0.5}
+    config = {"pruning_ratios": ratios, "head_ratios": {"blocks.[01].attn": 0.25}, "head_dim_ratio": 0.5}
+    module = reload(context, pruned(context, baseline, **config, round_to=2))
+    assert [block.attn.num_heads for block in module.blocks] == [6, 6, 8, 8]
+    assert [block.attn.proj.in_features for block in module.blocks] == [12, 12, 16, 16]
+    assert [block.attn.relative_position_bias_table.shape[1] for block in module.blocks] == [6, 6, 8, 8]
+    assert module.patch.out_channels == module.norm.weight.numel() == 24
+    assert module.blocks[2].mlp[0].out_features == 32
+
+
+def test_heads_go_in_steps_to_where_one_step_ends(start):
+    context, baseline = start("Swin")
+    config = {"head_ratio": 0.5, "pruning_ratio": 0.5, "round_to": 2}
+    whole, stepped = (pruned(context, baseline, **config, iterative_steps=steps) for steps in (1, 3))
+    assert stepped.metrics["macs"] == whole.metrics["macs"]
+    assert [block.attn.num_heads for block in reload(context, stepped).blocks] == [4] * 4
+
+
+@pytest.mark.parametrize(
+    ("network", "hint"), [("Swin", r"These can: blocks\.0\.attn"), ("Multihead", "has none")]
+)
+def test_head_ratios_that_match_no_attention_say_which_there_is(start, network, hint):
+    context, baseline = start(network)
+    with pytest.raises(ConfigError, match=rf"prune\.head_ratios: 'attn' .*{hint}"):
+        pruned(context, baseline, head_ratios={"attn": 0.25})
 
 
 def test_target_macs_ratio_is_reached_and_not_overshot(start):

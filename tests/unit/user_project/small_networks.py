@@ -113,6 +113,70 @@ class VitSeparate(Vit):
     kind = "separate"
 
 
+class WindowAttention(nn.Module):
+    """Attention within windows, with a table of relative positions that has a column for each head."""
+
+    def __init__(self, width, num_heads, window):
+        super().__init__()
+        self.num_heads, self.scale = num_heads, (width // num_heads) ** -0.5
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        span = 2 * window - 1
+        self.relative_position_bias_table = nn.Parameter(torch.randn(span**2, num_heads))
+        row, column = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+        rows, columns = (axis.flatten()[:, None] - axis.flatten() + window - 1 for axis in (row, column))
+        self.register_buffer("relative_position_index", rows * span + columns)
+
+    def forward(self, x):
+        n, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(n, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv[0], qkv[1], qkv[2]
+        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
+        bias = bias.view(tokens, tokens, -1).permute(2, 0, 1)
+        attention = (q @ k.transpose(-2, -1) * self.scale + bias[None]).softmax(-1)
+        return self.proj((attention @ v).transpose(1, 2).reshape(n, tokens, -1))
+
+
+class WindowBlock(nn.Module):
+    def __init__(self, width, num_heads, window, shift):
+        super().__init__()
+        self.window, self.shift = window, shift
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = WindowAttention(width, num_heads, window)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x):
+        n, height, width, _ = x.shape
+        grid = (height // self.window, width // self.window)
+        y = torch.roll(self.norm1(x), (-self.shift, -self.shift), (1, 2))
+        y = y.view(n, grid[0], self.window, grid[1], self.window, -1).permute(0, 1, 3, 2, 4, 5)
+        y = self.attn(y.reshape(n * grid[0] * grid[1], self.window**2, -1))
+        y = (
+            y.view(n, *grid, self.window, self.window, -1)
+            .permute(0, 1, 3, 2, 4, 5)
+            .reshape(n, height, width, -1)
+        )
+        x = x + torch.roll(y, (self.shift, self.shift), (1, 2))
+        return x + self.mlp(self.norm2(x))
+
+
+class Swin(nn.Module):
+    """Transformer with shifted windows, after Liu et al. 2021, without its masks."""
+
+    shape = (3, 8, 8)
+
+    def __init__(self, width=32, num_heads=8, window=2, depth=4):
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, 2, 2)
+        self.blocks = nn.ModuleList(WindowBlock(width, num_heads, window, i % 2) for i in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 5)
+
+    def forward(self, x):
+        x = self.patch(x).permute(0, 2, 3, 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(dim=(1, 2)))
+
+
 class Multihead(nn.Module):
     """PyTorch's own attention module."""
 
