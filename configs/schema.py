@@ -106,8 +106,33 @@ class Importance(StrEnum):
     L1 = "l1"
     L2 = "l2"
     TAYLOR = "taylor"
+    HESSIAN = "hessian"
     BN_SCALE = "bn_scale"
     RANDOM = "random"
+
+
+class DepthConfig(Section):
+    """Blocks that go as a whole: modules that return a tensor of the shape that they are given."""
+
+    keep: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="How many blocks stay, by glob over the modules that hold them: 'encoder.blocks': 4.",
+    )
+    ratios: dict[str, Ratio] = Field(
+        default_factory=dict, description="Share of the blocks that go, by glob, instead of a count."
+    )
+    importance: Literal["loss", "influence"] = Field(
+        default="loss",
+        description="loss: how far the loss rises when the block is passed by. influence: 1 less the cosine of "
+        "what it is given and what it returns.",
+    )
+    samples: int = Field(default=128, ge=1, description="Samples of the training data it is measured on.")
+
+    @model_validator(mode="after")
+    def _something(self) -> DepthConfig:
+        if not self.keep and not self.ratios:
+            raise ValueError("name the modules whose blocks go in keep or in ratios")
+        return self
 
 
 class PruneConfig(StageSection):
@@ -150,7 +175,13 @@ class PruneConfig(StageSection):
         default=0, ge=0, description="Epochs of fine-tuning after every step but the last."
     )
     calibration_batches: int = Field(
-        default=4, ge=1, description="Batches of training data whose gradients Taylor importance averages."
+        default=4,
+        ge=1,
+        description="Batches of 64 training samples whose gradients taylor and hessian take; hessian costs a "
+        "backward pass a sample.",
+    )
+    depth: DepthConfig | None = Field(
+        default=None, description="Blocks that are left out, before channels are pruned."
     )
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from jetway.configs.schema import EngineName, Precision, Recipe, Stage, Target
 from jetway.flows.pipeline import Observer, make_context
 from jetway.tasks.contract import Contract, contract_of
+from jetway.tasks.depth import matching_containers
 from jetway.tasks.errors import ConfigError
 from jetway.tasks.export import onnx_node_names
 from jetway.tasks.load import NO_BASELINE, checkpoint_input
@@ -50,6 +51,8 @@ def check_recipe_fits(recipe: Recipe, path: Path, workload: Workload) -> None:
         matching_names(recipe.prune.ignored_layers, names, "prune.ignored_layers")
         matching_names(recipe.prune.pruning_ratios, names, "prune.pruning_ratios")
         matching_attention(recipe.prune.head_ratios, network, "prune.head_ratios")
+        if recipe.prune.depth:
+            matching_containers(network, workload.example_inputs(), workload.output_names, recipe.prune.depth)
     if any(variant.precision.has_quantizers for variant in recipe.variants):
         matching_modules(network, recipe.qat.keep_float, key="qat.keep_float")
     if recipe.tensorrt.mixed:

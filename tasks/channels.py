@@ -86,16 +86,19 @@ class Limits:
 
 
 def make_importance(name: Importance) -> Any:
-    """Torch-Pruning's score of a group. Taylor needs gradients in the parameters.
+    """Torch-Pruning's score of a group. Taylor and Hessian read the parameters' ``grad``.
 
     L1 and L2: Li et al. 2017, "Pruning Filters for Efficient ConvNets", over the whole group. Taylor:
     Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning". BatchNorm scale: Liu et al.
-    2017, "Learning Efficient Convolutional Networks through Network Slimming".
+    2017, "Learning Efficient Convolutional Networks through Network Slimming". Hessian: LeCun, Denker & Solla
+    1990, "Optimal Brain Damage".
     """
     makers: dict[Importance, Callable[[], Any]] = {
         Importance.L1: lambda: tp.importance.GroupMagnitudeImportance(p=1),
         Importance.L2: lambda: tp.importance.GroupMagnitudeImportance(p=2),
         Importance.TAYLOR: tp.importance.GroupTaylorImportance,
+        # Its own accumulation is not used: it keeps the last sample's gradient only.
+        Importance.HESSIAN: tp.importance.GroupHessianImportance,
         Importance.BN_SCALE: tp.importance.BNScaleImportance,
         Importance.RANDOM: tp.importance.RandomImportance,
     }

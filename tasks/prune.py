@@ -6,6 +6,7 @@ import copy
 import difflib
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,7 +15,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import nn
 
-from jetway.configs.schema import FinetuneConfig, Importance, PruneConfig, Section
+from jetway.configs.schema import FinetuneConfig, PruneConfig, Section
 from jetway.tasks.artifacts import Checkpoint, StageOutput
 from jetway.tasks.attention import find_attention
 from jetway.tasks.channels import (
@@ -23,10 +24,7 @@ from jetway.tasks.channels import (
     Limits,
     apply_cuts,
     checked_outputs,
-    find_candidates,
-    make_importance,
     plan_cuts,
-    trace_dependencies,
 )
 from jetway.tasks.checkpoint import (
     build_network,
@@ -35,16 +33,16 @@ from jetway.tasks.checkpoint import (
     network_tensors,
     save_checkpoint,
 )
+from jetway.tasks.depth import Round, prune_depth
 from jetway.tasks.errors import ConfigError, PruningError
+from jetway.tasks.importance import rank_candidates
 from jetway.tasks.macs import count_macs, count_params, total_macs
 from jetway.tasks.stage import StageContext, run_stage
 from jetway.tasks.structure import Structure, describe_structure
-from jetway.tasks.training import accumulate_gradients, evaluate, train
+from jetway.tasks.training import evaluate, train
 from jetway.tasks.workload import Outputs
 
 logger = logging.getLogger("jetway")
-
-TAYLOR_BATCH_SIZE = 64
 
 # Halvings of the ratio when a target is searched: the one found is within 0.001 of the smallest.
 _SEARCH_STEPS = 10
@@ -69,7 +67,8 @@ def prune_network(
     cut, or the target cannot be reached.
     """
     pruner = _Pruner(context, load_network(context.workload, baseline, context.store), config)
-    for step in range(1, config.iterative_steps + 1):
+    pruner.prune_depth()
+    for step in range(1, config.iterative_steps + 1) if pruner.prunes_channels else ():
         context.progress("prune", step - 1, config.iterative_steps, f"step {step}/{config.iterative_steps}")
         pruner.run_step(step)
         if step < config.iterative_steps and config.finetune_epochs_between:
@@ -142,6 +141,7 @@ class _Pruner:
         self.before = count_macs(network, self.inputs)
         self.baseline = copy.deepcopy(network)
         self.structure: Structure = describe_structure(context.workload.network(), network)
+        self.rounds: list[Round] = []
         self.initial: dict[str, int] = {}
         self.initial_heads: dict[str, int] = {}
         self.ratios_used: list[float] = []
@@ -170,6 +170,18 @@ class _Pruner:
             return {}
         return {attention.projections[0]: ratio for attention in find_attention(self.network)}
 
+    def prune_depth(self) -> None:
+        if self.config.depth:
+            self.rounds = prune_depth(self.context, self.network, self.config.depth)
+            self._check_outputs()
+            self._reload()
+
+    @property
+    def prunes_channels(self) -> bool:
+        """Whether anything is asked for besides depth."""
+        asked = (self.config.pruning_ratio, self.config.target_macs_ratio, *self.ratios.values())
+        return any(asked) or any(self.head_ratios.values())
+
     def run_step(self, step: int) -> None:
         """Prunes to the share of the whole that this step is due, and reloads the result from its record."""
         share = step / self.config.iterative_steps
@@ -184,19 +196,7 @@ class _Pruner:
         self._reload()
 
     def _candidates(self) -> list[Candidate]:
-        if self.config.importance is Importance.TAYLOR:
-            batches = self.config.calibration_batches
-            accumulate_gradients(
-                self.network, self.workload, self.context, batches=batches, batch_size=TAYLOR_BATCH_SIZE
-            )
-        graph = trace_dependencies(self.network, self.inputs, self.workload.output_names)
-        importance = make_importance(self.config.importance)
-        candidates = find_candidates(self.network, graph, importance, self.ignored)
-        if not candidates:
-            raise PruningError(
-                f"Nothing can be pruned by importance {self.config.importance}: every group of layers is "
-                "ignored, makes an output, or has nothing to rank by. Ignore fewer, or rank by l2."
-            )
+        candidates = rank_candidates(self.context, self.network, self.config, self.ignored)
         for candidate in candidates:
             self.initial.setdefault(candidate.root, candidate.channels)
             self.initial_heads.setdefault(candidate.root, candidate.blocks)
@@ -315,17 +315,18 @@ def _output(context: StageContext, baseline: Checkpoint, pruner: _Pruner) -> Sta
 def _report(pruner: _Pruner, metrics: dict[str, float]) -> dict[str, Any]:
     pruner.network.cpu()
     after = count_macs(pruner.network, pruner.inputs)
+    left_over = dict(pruner.network.named_modules())
     rows = []
     for name, old in pruner.baseline.named_modules():
-        new = pruner.network.get_submodule(name)
-        held, left = count_params(old, recurse=False), count_params(new, recurse=False)
+        new = left_over.get(name)
+        held, left = (count_params(module, recurse=False) if module else 0 for module in (old, new))
         if held:
             rows.append(
                 {
                     "module": name,
                     "type": type(old).__name__,
                     "shape_before": _weight_shape(old),
-                    "shape_after": _weight_shape(new),
+                    "shape_after": _weight_shape(new) if new and left else [],
                     "params_before": held,
                     "params_after": left,
                     "macs_before": pruner.before.get(name, 0),
@@ -336,6 +337,7 @@ def _report(pruner: _Pruner, metrics: dict[str, float]) -> dict[str, Any]:
         "schema_version": 1,
         "ratios": pruner.ratios_used,
         "metrics": metrics,
+        "depth": [asdict(each) for each in pruner.rounds],
         "attention": _attention_rows(pruner),
         "modules": rows,
     }

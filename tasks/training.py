@@ -156,7 +156,7 @@ def evaluate(workload: Workload, network: nn.Module, *, device: str = "cpu") -> 
     """The workload's metrics on its evaluation data. Raises WorkloadError when its metric code fails."""
     network.to(device)
     ranks = current_ranks()
-    with _users_code(workload, "evaluation"):
+    with users_code(workload, "evaluation"):
         indices = ranks.share(range(len(workload.evaluation_data())))  # type: ignore[arg-type]
         records = evaluate_network(workload, network, device=device, indices=indices)
         metrics = workload.summarize(ranks.gather(records))
@@ -175,29 +175,29 @@ def evaluate(workload: Workload, network: nn.Module, *, device: str = "cpu") -> 
     return {name: float(value) for name, value in metrics.items()}
 
 
-def accumulate_gradients(
-    network: nn.Module, workload: Workload, context: StageContext, *, batches: int, batch_size: int
-) -> None:
-    """Leaves the gradients of the loss over some batches of training data in the network's parameters.
-
-    The network stays in eval mode: BatchNorm and dropout act as they will when it is deployed.
-    """
-    data = workload.train_data()
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(context.seed)).tolist()  # type: ignore[arg-type]
-    network.to(context.device).eval().zero_grad()
-    for start in range(0, min(len(order), batches * batch_size), batch_size):
-        with _users_code(workload, "the loss on training data"):
-            batch = workload.collate([data[i] for i in order[start : start + batch_size]])
-            inputs, target = _to_device(batch, context.device)
-            workload.loss(call_network(network, inputs, workload.output_names), target).backward()  # type: ignore[no-untyped-call]
-    for parameter in network.parameters():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    network.to("cpu")
-
-
 def is_better(metric: Metric, value: float, than: float) -> bool:
     return value > than if metric.higher_is_better else value < than
+
+
+@contextmanager
+def users_code(workload: Workload, doing: str) -> Iterator[None]:
+    """Turns whatever the user's code raises into a WorkloadError that says where."""
+    try:
+        yield
+    except JetwayError:
+        raise
+    except Exception as exc:
+        raise WorkloadError(
+            f"{type(workload).__qualname__}: {doing} failed: {type(exc).__name__}: {exc}. "
+            "Check the workload's network, data, collate, loss and metrics on one batch."
+        ) from exc
+
+
+def to_device(batch: tuple[Inputs, Any], device: str) -> tuple[Inputs, Any]:
+    """A batch there; targets may be nested tuples, lists and dicts of tensors."""
+    inputs, target = batch
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+    return moved, _moved(target, device)
 
 
 class _Trainer:
@@ -252,7 +252,7 @@ class _Trainer:
         number = self.epoch + 1
         seed_everything(stage_seed(self.context.seed, f"{self.stage}:{number}"))
         self.joined.train()
-        with _users_code(self.workload, f"epoch {number}"):
+        with users_code(self.workload, f"epoch {number}"):
             losses = [self._step(number, step, batch) for step, batch in enumerate(self._batches(number))]
         rate = self.optimizer.param_groups[0]["lr"]
         self.ranks.share_buffers(self.network)
@@ -291,7 +291,7 @@ class _Trainer:
     def _step(self, epoch: int, step: int, batch: tuple[Inputs, Any]) -> float:
         rate = self._set_learning_rate((epoch - 1) * self.steps + step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(*_to_device(batch, self.context.device))
+        loss = self._loss(*to_device(batch, self.context.device))
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainingError(self._not_finite(value, epoch, step, rate))
@@ -392,20 +392,6 @@ class _Trainer:
         )[:32]
 
 
-@contextmanager
-def _users_code(workload: Workload, doing: str) -> Iterator[None]:
-    """Turns whatever the user's code raises into a WorkloadError that says where."""
-    try:
-        yield
-    except JetwayError:
-        raise
-    except Exception as exc:
-        raise WorkloadError(
-            f"{type(workload).__qualname__}: {doing} failed: {type(exc).__name__}: {exc}. "
-            "Check the workload's network, data, collate, loss and metrics on one batch."
-        ) from exc
-
-
 def _anneal(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
@@ -468,12 +454,6 @@ def _optimizer(network: nn.Module, section: TrainingSection) -> Optimizer:
         return SGD(parameters, lr=rate, weight_decay=decay, momentum=_SGD_MOMENTUM, nesterov=True)
     kind = Adam if section.optimizer is OptimizerName.ADAM else AdamW
     return kind(parameters, lr=rate, weight_decay=decay)
-
-
-def _to_device(batch: tuple[Inputs, Any], device: str) -> tuple[Inputs, Any]:
-    inputs, target = batch
-    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-    return moved, _moved(target, device)
 
 
 def _moved(value: Any, device: str) -> Any:

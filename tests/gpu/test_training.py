@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from jetway.configs.schema import DistillationConfig, FinetuneConfig, WorkloadConfig
+from jetway.tasks.importance import accumulate_gradients
 from jetway.tasks.stage import StageContext
 from jetway.tasks.store import Store
-from jetway.tasks.training import accumulate_gradients, evaluate, train
+from jetway.tasks.training import evaluate, train
 from jetway.tasks.workload import load_workload
 
 pytestmark = pytest.mark.gpu
@@ -75,6 +76,6 @@ def test_an_interrupted_training_resumes(run):
 
 def test_gradients_come_back_with_the_network(run, tmp_path):
     workload, network, *_ = run("gradients", epochs=0)
-    accumulate_gradients(network, workload, StageContext(workload, Store(tmp_path)), batches=2, batch_size=16)
+    accumulate_gradients(network, StageContext(workload, Store(tmp_path)), samples=32)
     assert all(parameter.grad.device.type == "cpu" for parameter in network.parameters())
     assert float(network.project.weight.grad.abs().sum()) > 0

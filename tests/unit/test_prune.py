@@ -26,12 +26,17 @@ from jetway.tasks.channels import (
 )
 from jetway.tasks.checkpoint import checkpoint_record, load_network, save_checkpoint
 from jetway.tasks.errors import ConfigError, PruningError
+from jetway.tasks.importance import average_squared_gradients
 from jetway.tasks.macs import total_macs
 from jetway.tasks.prune import matching_names, prune_inputs, prune_network
 from jetway.tasks.stage import stage_key
 
 USER_PROJECT = Path(__file__).parent / "user_project"
-PRUNABLE = ["Residual", "Grouped", "Vit", "VitChunk", "VitSeparate", "Swin", "Multihead", "Tokens"]
+PRUNABLE = ["Residual", "Grouped", "Vit", "VitChunk", "VitSeparate", "Swin", "Masked", "Multihead", "Tokens"]
+DEPTH = {
+    "Swin": {"depth": {"keep": {"blocks": 2}}, "head_ratio": 0.25},
+    "Masked": {"depth": {"keep": {"blocks": 2}}},
+}
 
 
 @pytest.fixture
@@ -84,7 +89,7 @@ def test_pruned_networks_give_the_same_outputs_in_a_fresh_process(start, tmp_pat
     handles, inputs, expected = {}, {}, {}
     for name in PRUNABLE:
         context, baseline = start(name)
-        handle = pruned(context, baseline).handle
+        handle = pruned(context, baseline, **DEPTH.get(name, {})).handle
         handles[name] = handle.model_dump()
         inputs[name] = torch.stack([context.workload.evaluation_data()[i][0]["x"] for i in range(4)])
         with torch.no_grad():
@@ -339,6 +344,22 @@ def test_nothing_left_to_prune_is_a_pruning_error(start):
     context, baseline = start("Residual")
     with pytest.raises(PruningError, match="Nothing can be pruned"):
         pruned(context, baseline, ignored_layers=("*",))
+
+
+def test_hessian_importance_sums_the_squared_gradient_of_every_sample(start):
+    context, _ = start("Residual")
+    network = context.workload.network()
+    expected = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
+    data = context.workload.train_data()
+    network.eval()
+    for inputs, label in (data[i] for i in range(len(data))):
+        network.zero_grad()
+        torch.nn.functional.cross_entropy(network(inputs["x"][None]), torch.tensor([label])).backward()
+        for name, parameter in network.named_parameters():
+            expected[name] += parameter.grad**2 / len(data)
+    average_squared_gradients(network, context, samples=len(data))
+    for name, parameter in network.named_parameters():
+        assert torch.allclose(parameter.grad, expected[name], rtol=1e-4, atol=1e-9), name
 
 
 def test_steps_finetune_in_between_and_end_where_one_step_does(start):

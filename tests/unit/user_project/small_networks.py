@@ -177,6 +177,32 @@ class Swin(nn.Module):
         return self.head(self.norm(x).mean(dim=(1, 2)))
 
 
+class Masked(nn.Module):
+    """Blocks that are given a mask too, so that nothing simpler than their list can do without one."""
+
+    shape = (6, 16)
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(16, 32), nn.Linear(32, 5)
+        self.blocks = nn.ModuleList(MaskedBlock() for _ in range(3))
+
+    def forward(self, x):
+        x, mask = self.embed(x), (x.mean(dim=2, keepdim=True) > 0).float()
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.head(x.mean(dim=1))
+
+
+class MaskedBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x, mask):
+        return x + mask * self.down(F.relu(self.up(x)))
+
+
 class Multihead(nn.Module):
     """PyTorch's own attention module."""
 
