@@ -7,6 +7,7 @@ DATA/train/masks/one.png
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,19 @@ def random_crop(smallest_share: float) -> Crop:
 
 
 class ClassifiedImages(Dataset[tuple[dict[str, Tensor], int]]):
-    """One split for classification. ``smallest_crop`` below 1 crops and flips at random, as training wants it."""
+    """One split for classification, labelled by place in ``classes``. ``smallest_crop`` below 1 crops and flips at random, as training wants it."""
 
-    def __init__(self, folder: Path, preparation: Preparation, *, smallest_crop: float = 1.0) -> None:
-        self.classes = class_names(folder)
-        self.paths = [(path, i) for i, name in enumerate(self.classes) for path in image_paths(folder / name)]
+    def __init__(
+        self, folder: Path, classes: Sequence[str], preparation: Preparation, *, smallest_crop: float = 1.0
+    ) -> None:
+        found = class_names(folder)
+        unknown = sorted(set(found) - set(classes))
+        if unknown:
+            raise WorkloadError(
+                f"{folder}: {unknown} are no classes of the training images, which are {list(classes)}. "
+                "Rename or remove these folders."
+            )
+        self.paths = [(path, classes.index(name)) for name in found for path in image_paths(folder / name)]
         self.preparation, self.smallest_crop = preparation, smallest_crop
 
     def __len__(self) -> int:

@@ -160,7 +160,7 @@ def test_damaged_and_missing_files_are_named(digits, scenes):
     with pytest.raises(WorkloadError, match=r"0\.png is no readable image"):
         classifier(digits).train_data()[0]
     (digits / "evaluation" / "digit 2").rename(digits / "evaluation" / "digit 7")
-    with pytest.raises(ConfigError, match="Give every split the same folders"):
+    with pytest.raises(WorkloadError, match="digit 7'. are no classes of the training images"):
         classifier(digits).evaluation_data()
     (scenes / "train" / "masks" / "3.png").unlink()
     workload = load_workload(
