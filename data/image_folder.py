@@ -74,7 +74,10 @@ def random_crop(smallest_share: float) -> Crop:
 
 
 class ClassifiedImages(Dataset[tuple[dict[str, Tensor], int]]):
-    """One split for classification, labelled by place in ``classes``. ``smallest_crop`` below 1 crops and flips at random, as training wants it."""
+    """One split for classification, labelled by place in ``classes``.
+
+    ``smallest_crop`` below 1 crops and flips at random, as training wants it.
+    """
 
     def __init__(
         self, folder: Path, classes: Sequence[str], preparation: Preparation, *, smallest_crop: float = 1.0

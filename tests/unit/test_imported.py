@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 from jetway.configs.schema import TrainConfig, WorkloadConfig
 from jetway.data.image_folder import IGNORED, Crop, Preparation, random_crop
-from jetway.tasks.errors import ConfigError, JetwayError, WorkloadError
+from jetway.tasks.errors import JetwayError, WorkloadError
 from jetway.tasks.stage import StageContext
 from jetway.tasks.store import Store
 from jetway.tasks.training import train
@@ -160,7 +160,7 @@ def test_damaged_and_missing_files_are_named(digits, scenes):
     with pytest.raises(WorkloadError, match=r"0\.png is no readable image"):
         classifier(digits).train_data()[0]
     (digits / "evaluation" / "digit 2").rename(digits / "evaluation" / "digit 7")
-    with pytest.raises(WorkloadError, match="digit 7'. are no classes of the training images"):
+    with pytest.raises(WorkloadError, match=r"digit 7'\] are no classes of the training images"):
         classifier(digits).evaluation_data()
     (scenes / "train" / "masks" / "3.png").unlink()
     workload = load_workload(
