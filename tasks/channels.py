@@ -36,6 +36,7 @@ from jetway.tasks.attention import (
     update_widths,
 )
 from jetway.tasks.errors import PruningError, WorkloadError
+from jetway.tasks.widths import find_widths, update_remembered
 from jetway.tasks.workload import Inputs, Outputs, call_network
 
 Handler = Callable[..., Any]
@@ -188,10 +189,11 @@ def plan_cuts(
 
 
 def apply_cuts(network: nn.Module, inputs: Inputs, output_names: Sequence[str], cuts: Sequence[Cut]) -> None:
-    """Cuts in place, and keeps the widths that attention modules remember in step.
+    """Cuts in place, and keeps the widths that modules remember in step.
 
     Raises PruningError when a layer would be left without channels.
     """
+    remembered = find_widths(network)
     for cut in cuts:
         if cut.attention:
             cut_attention(network, cut.attention, cut.indices, cut.heads)
@@ -208,6 +210,7 @@ def apply_cuts(network: nn.Module, inputs: Inputs, output_names: Sequence[str], 
             group.prune()
     for name, (width, heads) in widths.items():
         update_widths(network.get_submodule(name), width, heads)
+    update_remembered(network, remembered)
 
 
 def checked_outputs(network: nn.Module, inputs: Inputs, output_names: Sequence[str]) -> Outputs:

@@ -87,6 +87,7 @@ class Vit(nn.Module):
 
     def __init__(self, width=32, num_heads=4):
         super().__init__()
+        self.hidden_dim = width
         self.patch = nn.Conv2d(3, width, 4, 4)
         self.position = nn.Parameter(torch.randn(1, 5, width))
         self.token = nn.Parameter(torch.randn(1, 1, width))
@@ -98,7 +99,7 @@ class Vit(nn.Module):
         self.head = nn.Linear(width, 5)
 
     def forward(self, x):
-        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = self.patch(x).reshape(x.shape[0], self.hidden_dim, -1).transpose(1, 2)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.position
         x = x + self.attn(self.norm1(x))
         x = x + self.mlp(self.norm2(x))
