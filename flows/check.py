@@ -116,13 +116,10 @@ def _contract_facts(info: TargetInfo, contract: Contract) -> Iterator[tuple[str,
     yield "DLA cores", str(contract.dla_cores)
     yield "trtexec", info.trtexec or "not there"
     if info.power and info.power.total:
-        yield (
-            "power",
-            f"{', '.join(info.power.rails) or 'the graphics card'}; of the whole: {info.power.total}",
-        )
+        yield "power", info.power.words
     elif contract.board and contract.board.rails:
         total = f", of which {contract.board.total_rail} is all" if contract.board.total_rail else ""
-        yield "power rails", f"{', '.join(contract.board.rails)}{total}"
+        yield "power rails", f"{', '.join(contract.board.rails)}{total} ({contract.board.source})"
     if info.power_modes:
         yield "power modes", f"{', '.join(info.power_modes)}; {info.power_mode} is set"
     elif contract.board:

@@ -45,6 +45,8 @@ from jetway.tasks.target.session import TargetSession, open_target
 from jetway.tasks.tracking.tracker import Tracker
 from jetway.tasks.workload import Workload
 
+#: No check is about the other passes of a session.
+LATENCY_ALONE = {"scenarios": ("latency",), "power": None, "profile_layers": False, "trtexec": False}
 #: Windows of a soak test, and the longest that one of them is.
 SOAK_WINDOWS = 30
 LONGEST_WINDOW_S = 10.0
@@ -130,7 +132,8 @@ class Inspection:
         backend = self._target.backend(self._found.variant)
         state = session.call("checkup", {"engine": str(backend.engine)})
         file = session.call("engine_file", {"path": self._found.remote_path})
-        yield from before_checks(self._found, self._target, info, state, file)
+        mode = self._recipe.benchmark.power_mode or self._target.power_mode
+        yield from before_checks(self._found, self._target, info, state, file, power_mode=mode)
 
     def _package(self, session: TargetSession) -> Iterator[Check]:
         """The application: it starts, answers as it did, and says what is wrong with a bad input."""
@@ -160,7 +163,7 @@ class Inspection:
         )
 
     def _timing(self, session: TargetSession) -> Iterator[Check]:
-        variant, config = self._found.row.variant, self._recipe.benchmark
+        variant, config = self._found.row.variant, self._recipe.benchmark.model_copy(update=LATENCY_ALONE)
         try:
             now = benchmark_engines(self._context, session, {variant: self._found.engine}, config)
         except TargetUnreachableError:

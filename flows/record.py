@@ -26,6 +26,8 @@ from jetway.tasks.tracking.values import flat_params
 
 #: The run's result as JSON, among its artifacts.
 RESULT_PATH = "result.json"
+#: Ends the name of a run with figures that are no device's, as MLflow's table of runs shows names, not tags.
+SIMULATED = " (simulated)"
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,10 @@ def conclude(
                 log_row(run, one, row, networks[row.variant])
     heading = f"{run.recipe.description}\n\n" if run.recipe.description else ""
     run.tracker.describe(run.run_id, heading + stage_table_markdown(rows, metrics))
-    simulated = {"simulated": "true"} if any(row.simulated for row in rows) else {}
-    run.tracker.set_tags(run.run_id, {"gate": worst_gate(rows), "validity": validity_of(rows), **simulated})
+    run.tracker.set_tags(run.run_id, {"gate": worst_gate(rows), "validity": validity_of(rows)})
+    if any(row.simulated for row in rows):
+        run.tracker.set_tags(run.run_id, {"simulated": "true"})
+        run.tracker.rename(run.run_id, run.tracker.run(run.run_id).name + SIMULATED)
     result = RunResult(run_id=run.run_id, exit_code=exit_code, rows=tuple(rows), task_metrics=tuple(metrics))
     run.tracker.log_json(run.run_id, RESULT_PATH, result.model_dump(mode="json"))
     return result
@@ -202,9 +206,8 @@ def log_row(run: Pipeline, measured: Measured, row: VariantResult, network: Netw
         "validity": validity_of([row]),
         "gate": worst_gate([row]),
     }
-    child = run.tracker.start_child(
-        run.run_id, f"{row.variant} on {row.target}", flat_params(run.recipe), tags
-    )
+    name = f"{row.variant} on {row.target}{SIMULATED if row.simulated else ''}"
+    child = run.tracker.start_child(run.run_id, name, flat_params(run.recipe), tags)
     run.tracker.log_metrics(child, row.metrics)
     run.tracker.log_json(child, "passport.json", engine.metadata)
     run.tracker.log_json(child, "row.json", row.model_dump(mode="json"))

@@ -67,6 +67,9 @@ JETPACKS = (
 )
 
 
+_BOARD_SOURCE = f"rails: lines of real tegrastats; power modes: {_NOT_VERIFIED}, nvpmodel -p lists them"
+
+
 @dataclass(frozen=True)
 class Board:
     """A board by the name in its device tree. ``total_rail`` is the rail that the whole module draws from."""
@@ -78,7 +81,7 @@ class Board:
     rails: tuple[str, ...]
     total_rail: str | None
     power_modes: tuple[str, ...]
-    source: str = f"rails: lines of real tegrastats; power modes: {_NOT_VERIFIED}, nvpmodel -p lists them"
+    source: str = _BOARD_SOURCE
 
 
 _NX_RAILS = ("VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC")
@@ -103,6 +106,7 @@ BOARDS = (
         "Jetson AGX Orin", r"AGX Orin", (8, 7), 2,
         ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0", "VDDQ_VDD2_1V8AO"), None,
         ("MAXN", "MODE_15W", "MODE_30W", "MODE_50W"),
+        f"{_BOARD_SOURCE}; that VIN_SYS_5V0 feeds VDDQ_VDD2_1V8AO, which no sum counts: {_NOT_VERIFIED}",
     ),
     Board("Jetson Orin NX", r"Orin NX", (8, 7), 2, _NX_RAILS, "VDD_IN", ("MAXN", "10W", "15W", "25W")),
     Board("Jetson Orin Nano", r"Orin Nano", (8, 7), 0, _NX_RAILS, "VDD_IN", ("7W", "15W", "25W", "MAXN_SUPER")),

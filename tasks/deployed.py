@@ -55,9 +55,18 @@ Window = Mapping[str, Any]
 
 
 def before_checks(
-    found: Deployment, target: Target, info: TargetInfo, state: Mapping[str, Any], file: Mapping[str, Any]
+    found: Deployment,
+    target: Target,
+    info: TargetInfo,
+    state: Mapping[str, Any],
+    file: Mapping[str, Any],
+    *,
+    power_mode: str | None = None,
 ) -> Iterator[Check]:
-    """``state`` is what the verb ``checkup`` said, ``file`` what ``engine_file`` said."""
+    """``state`` is what the verb ``checkup`` said, ``file`` what ``engine_file`` said.
+
+    ``power_mode`` is the mode that it is measured in, None for whichever is set.
+    """
     yield from simulated_checks(info)
     yield gates_check(found.row)
     yield onnx_check(found)
@@ -68,7 +77,7 @@ def before_checks(
     yield room_check("disk", state["free_disk_mib"], target.min_free_disk_mib)
     yield memory_check(found.row, target, state["memory_mib"]["available"])
     yield clocks_check(state)
-    yield power_mode_check(state["power"])
+    yield power_mode_check(state["power"], power_mode)
     yield supply_check(state)
     yield camera_check(state["cameras"])
 
@@ -78,7 +87,10 @@ def gates_check(row: VariantResult) -> Check:
     failed = [gate.name for gate in row.gates if gate.verdict is not Verdict.PASS]
     doubts = [f"gate not passed: {name}" for name in failed]
     doubts += [f"INVALID measurement: {reason}" for reason in row.validity.reasons]
-    evidence = f"{row.variant}: {len(row.gates) - len(failed)} of {len(row.gates)} gates passed"
+    told = (
+        f"{len(row.gates) - len(failed)} of {len(row.gates)} gates passed" if row.gates else "it has no gates"
+    )
+    evidence = f"{row.variant}: {told}"
     return judged("recorded run", not doubts, "; ".join([evidence, *doubts]))
 
 

@@ -14,12 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.numpy import load_file
 
 from jetway.tasks.artifacts import Tensors
+from jetway.tasks.target_info import SUM_OF_RAILS
 
 Metrics = dict[str, float | None]
 #: Times of samples in the sensors' file, in seconds of the target's monotonic clock.
 TIME_COLUMN = "time_s"
 #: Samples of each sensor in MLflow at most; the file has them all.
 MAX_POINTS = 200
+
+
+#: Of figures that no monitor of the whole measured.
+SUMMED = "power figures are a sum of rails: this board measures no total"
 
 
 class _Pass(BaseModel):
@@ -80,9 +85,11 @@ class PowerPass(_Pass):
     samples: Tensors = Field(description="As those of Telemetry, with power_w of each rail.")
 
     def notes(self, variant: str) -> list[str]:
-        """Why a variant has no power figures; nothing when it has."""
+        """Why a variant has no power figures; of figures that are a sum, that they are."""
         power = self.variants.get(variant)
         reasons = power.reasons if power else [self.unmeasured[variant]] if variant in self.unmeasured else []
+        if power and power.total == SUM_OF_RAILS and not reasons:
+            return [SUMMED]
         return [f"no power figures: {reason}" for reason in reasons]
 
 

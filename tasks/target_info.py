@@ -6,6 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+#: The total of a board that measures none, as the agent calls it.
+SUM_OF_RAILS = "sum_of_rails"
+
 
 class _Facts(BaseModel):
     """Newer agents may tell more."""
@@ -50,8 +53,21 @@ class PowerInfo(_Facts):
     """What measures power there. ``total`` is a rail, sum_of_rails, gpu, or None where nothing does."""
 
     rails: tuple[str, ...] = ()
+    #: Those that the total is, or is the sum of.
+    counted_rails: tuple[str, ...] = ()
     total: str | None = None
     tegrastats: bool = False
+
+    @property
+    def words(self) -> str:
+        """For people, who must not take a sum for a measured total."""
+        if self.total != SUM_OF_RAILS:
+            return f"{', '.join(self.rails) or 'the graphics card'}; of the whole: {self.total}"
+        words = f"no rail of the whole; {SUM_OF_RAILS} is {' + '.join(self.counted_rails)}"
+        left_out = ", ".join(rail for rail in self.rails if rail not in self.counted_rails)
+        return (
+            f"{words}; {left_out} left out, as another of them feeds it (not verified)" if left_out else words
+        )
 
 
 class MemoryInfo(_Facts):

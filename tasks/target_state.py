@@ -59,13 +59,18 @@ def clocks_check(state: Mapping[str, Any]) -> Check:
     return judged("clocks", True, f"{parts}; governors: {governors}", **clocks)
 
 
-def power_mode_check(power: Mapping[str, Any]) -> Check:
-    """Whether the mode that is set can be read, by the name that a recipe would give."""
+def power_mode_check(power: Mapping[str, Any], measured_in: str | None = None) -> Check:
+    """Whether the mode that is set can be read, by the name that a recipe would give, and is the measurement's."""
     modes, mode = power["power_modes"], power["power_mode"]
     if not modes and mode is None:
         return skipped("power mode", "this machine has no nvpmodel")
     evidence = f"{mode or 'the one that is set cannot be read'}, of {', '.join(modes)}"
-    return judged("power mode", mode in modes, evidence, power_mode=mode)
+    if measured_in not in (None, mode):
+        evidence += (
+            f"; its figures were measured in {measured_in}, which is set for a measurement alone. Set it for good with "
+            "nvpmodel, or measure in the mode that the board works in (power_mode)"
+        )
+    return judged("power mode", mode in modes and measured_in in (None, mode), evidence, power_mode=mode)
 
 
 def supply_check(state: Mapping[str, Any]) -> Check:

@@ -141,6 +141,11 @@ class Tracker:
         """Sets tags; an existing tag takes the new value."""
         self._log(run_id, tags=tags)
 
+    def rename(self, run_id: str, name: str) -> None:
+        """Gives a run another name."""
+        with self._translated(f"rename run {run_id}"):
+            self._client.update_run(run_id, name=name)
+
     def describe(self, run_id: str, markdown: str) -> None:
         """Sets the description that MLflow shows on top of the run's page."""
         self.set_tags(run_id, {NOTE_TAG: markdown})

@@ -133,8 +133,10 @@ def tegrastats(arguments):
 
 
 def dmesg(arguments):
-    for line in board().get("kernel_log", []):
-        print(line)
+    lines = board().get("kernel_log", [])
+    if lines is None:
+        sys.exit("dmesg: read kernel buffer failed: Operation not permitted")
+    print("".join(line + "\n" for line in lines), end="")
 
 
 if __name__ == "__main__":

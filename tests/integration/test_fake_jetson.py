@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from doubles import networks
+from doubles.fake_jetson.fixtures import QUICK
 from doubles.fake_jetson.machines import MACHINES, interpreter
 
 from jetway.configs.schema import BenchmarkConfig, BuildConfig, Target, TensorRtConfig
@@ -33,7 +34,7 @@ NANO, XAVIER, ORIN, SERVER = (
 #: What each version of TensorRT is told; from 10 on the network itself carries its precision.
 FLAGS = {
     (XAVIER, "baseline-fp16"): ["FP16"],
-    (XAVIER, "pruned-int8-qat"): ["INT8"],
+    (XAVIER, "pruned-int8-ptq"): ["INT8"],
     (NANO, "baseline-fp16"): ["FP16"],
 }
 EVERYTHING = {
@@ -98,8 +99,11 @@ def test_each_board_builds_what_it_can(on_jetsons, jetway_here, switch_on, cli_h
         assert passport["flags"] == FLAGS.get(key, [])
         assert passport["platform"]["engine_version"] == switch_on(key[0]).machine.tensorrt
     # The one Python with ONNX Runtime, on which the double can compute.
-    host = Tracker(f"sqlite:///{cli_home / 'mlflow.db'}").run(run.json["run_id"]).metrics["load.top1"]
+    tracker = Tracker(f"sqlite:///{cli_home / 'mlflow.db'}")
+    record = tracker.run(run.json["run_id"])
+    host = record.metrics["load.top1"]
     assert rows[SERVER, "baseline-fp32"]["metrics"]["top1"] == pytest.approx(host, abs=1e-9)
+    assert all(one.name.endswith("(simulated)") for one in (record, *tracker.children(record.run_id)))
     assert "simulated" in jetway_here("show", run.json["run_id"][:12], cwd=cli_home).stdout.lower()
 
 
@@ -135,7 +139,7 @@ def test_a_nano_does_without_int8(on_jetsons, cli_home):
 def test_int8_on_a_nano_is_refused_before_anything_is_trained(on_jetsons):
     run = on_jetsons("check", NANO)
     assert run.exit_code == 3
-    assert "variants: pruned-int8-qat" in run.stderr + run.stdout
+    assert "variants: pruned-int8-ptq" in run.stderr + run.stdout
     assert "no int8 kernels" in run.stderr + run.stdout
 
 
@@ -149,7 +153,12 @@ def test_a_run_survives_what_befalls_its_boards(on_jetsons, switch_on, fault, wh
         fault(jetson.name, "slow_build:2")
         when(lambda jetson=jetson: built(jetson) > before[jetson.name], blow)
     fault(SERVER, "out_of_memory_above:300")
-    changes = {"build": {"revision": 2}, "tensorrt": {"workspace_mib": [512, 256], "timing_cache": False}}
+    changes = {
+        "build": {"revision": 2},
+        "tensorrt": {"workspace_mib": [512, 256], "timing_cache": False},
+        # Long enough for the alarm to come in the middle.
+        "benchmark": QUICK["benchmark"] | {"min_duration_s": 2.0},
+    }
     run = on_jetsons("run", NANO, XAVIER, ORIN, SERVER, variants=["baseline-fp32"], **changes)
     rows = finished(run)
     assert run.exit_code == 5

@@ -332,6 +332,8 @@ def test_counted_events_are_reasons(board, counter, words):
     assert "throttled 7 times" in reason
     assert words in reason
     assert counter.upper() in reason
+    advice = "stronger supply" if counter == "oc1" else "power mode 15W asks for too much"
+    assert advice in reason
 
 
 def test_a_changed_mode_and_its_clocks_are_reasons(board):
@@ -417,7 +419,17 @@ def test_a_hot_card_is_a_reason_and_its_power_limit_a_note(board):
     samples = sampled(clock_limits__gpu=[0x4] * 15 + [0x20] * 5)
     (reason,) = reasons_after(made, lambda: None, samples)
     assert reason == "the GPU was slowed down because it was hot in 25% of the samples"
-    assert throttling.notes(samples) == ["the GPU was at its power limit in 75% of the samples"]
+    (note,) = throttling.notes(throttling.state(), samples)
+    assert note == "the GPU was at its power limit in 75% of the samples"
+
+
+@pytest.mark.parametrize(("name", "unseen"), [("Nano JP4.6", True), ("Orin Nano JP6.2", False)])
+def test_alarms_that_nobody_could_see_are_told(board, name, unseen):
+    """A Nano counts none, and here its user may not read the kernel's log either."""
+    made = board(name)
+    made.configure(kernel_log=None)
+    notes = throttling.notes(throttling.state(), Series())
+    assert ["dmesg_restrict" in note for note in notes] == [True] * unseen
 
 
 def test_a_log_that_lost_its_oldest_lines_still_shows_the_new_ones():

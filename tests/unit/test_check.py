@@ -74,6 +74,17 @@ def test_probe_shows_what_tensorrt_can_do_and_where_it_is_known_from():
     assert "compute capability 8.7" in shown["machine"]
 
 
+def test_probe_says_what_a_sum_of_rails_counts_and_what_it_leaves_out():
+    rails = ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0", "VDDQ_VDD2_1V8AO")
+    power = {"rails": rails, "counted_rails": rails[:3], "total": "sum_of_rails"}
+    assert dict(facts(info(power=power)))["power"] == (
+        "no rail of the whole; sum_of_rails is VDD_GPU_SOC + VDD_CPU_CV + VIN_SYS_5V0; VDDQ_VDD2_1V8AO left out, as "
+        "another of them feeds it (not verified)"
+    )
+    power = {"rails": ("VDD_IN", "VDD_SOC"), "counted_rails": ("VDD_IN",), "total": "VDD_IN"}
+    assert dict(facts(info(power=power)))["power"] == "VDD_IN, VDD_SOC; of the whole: VDD_IN"
+
+
 def test_probe_says_why_a_precision_is_missing():
     engine = info().engines["tensorrt"].model_dump() | {"version": "11.1.0"}
     shown = dict(facts(info(engines={"tensorrt": engine, "onnxruntime": {"available": False}})))

@@ -76,6 +76,7 @@ INVALID = {"valid": False, "reasons": ["it was hot"]}
     [
         (gates_check(row(gates=(gate(Verdict.PASS),))), PASS, "1 of 1 gates passed"),
         (gates_check(row(gates=(gate(Verdict.PASS), gate(Verdict.UNKNOWN)))), FAIL, "gate not passed: g"),
+        (gates_check(row(gates=())), PASS, "it has no gates"),
         (gates_check(row(validity=INVALID)), FAIL, "INVALID measurement: it was hot"),
         (onnx_check(deployment({"pruned-fp32.verify.parity_excess": 0.5})), PASS, "fp32, opset 17; its error is 0.5"),
         (onnx_check(deployment({"pruned-fp32.ort.verify.parity_excess": 1.5})), FAIL, "1.5 of what"),

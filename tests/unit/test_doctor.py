@@ -123,6 +123,8 @@ def state(**sensors):
         (power_mode_check({"power_modes": [], "power_mode": None}), SKIPPED, "no nvpmodel"),
         (power_mode_check({"power_modes": ["15W", "MAXN"], "power_mode": "MAXN"}), PASS, "MAXN, of 15W, MAXN"),
         (power_mode_check({"power_modes": ["15W"], "power_mode": None}), FAIL, "cannot be read"),
+        (power_mode_check({"power_modes": ["15W", "MAXN"], "power_mode": "MAXN"}, "MAXN"), PASS, "MAXN"),
+        (power_mode_check({"power_modes": ["15W", "MAXN"], "power_mode": "15W"}, "MAXN"), FAIL, "measured in MAXN"),
         (trtexec_check("trtexec fp32", {}, 1.2), PASS, "1.200 of trtexec's"),
         (trtexec_check("trtexec fp32", {}, 0.7), FAIL, "25% apart allowed"),
         (trtexec_check("trtexec fp32", {"failed": "exit status 1"}, None), FAIL, "exit status 1"),

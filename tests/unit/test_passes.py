@@ -64,6 +64,14 @@ def test_doubtful_power_is_kept_and_not_stated():
     assert set(power.metrics().values()) == {None}
 
 
+def test_a_sum_of_rails_is_called_one():
+    samples = {"sha256": "0" * 64, "size_bytes": 1}
+    summed = POWER | {"total": "sum_of_rails"}
+    found = PowerPass.model_validate({"variants": {"a": summed, "b": POWER}, "samples": samples})
+    assert found.notes("a") == ["power figures are a sum of rails: this board measures no total"]
+    assert found.notes("b") == []
+
+
 def test_missing_power_says_why():
     samples = {"sha256": "0" * 64, "size_bytes": 1}
     found = PowerPass.model_validate(

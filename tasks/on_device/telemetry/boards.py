@@ -11,7 +11,7 @@ TOTAL_RAILS = ("VIN", "VDD_IN", "POM_5V_IN")
 #: The total of a board that measures none (AGX Xavier, AGX Orin): the module without what no monitor sees.
 SUM_OF_RAILS = "sum_of_rails"
 #: A rail that another one feeds: its power is in the other's already. The memory of an AGX Orin hangs on its 5 V, whose
-#: voltage its monitor shows.
+#: voltage its monitor shows; no document of NVIDIA's was at hand to confirm it.
 FED_BY = {"VDDQ_VDD2_1V8AO": "VIN_SYS_5V0"}
 
 #: By the module's part number, which is in the device tree's ``compatible``.

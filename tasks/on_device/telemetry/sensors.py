@@ -94,9 +94,11 @@ def facts() -> Dict[str, Any]:
     """For the probe: the rails, what the power of the whole is read from, and the first graphics card."""
     names, card = [rail.name for rail in rails.find()], nvml.open_device()
     told = card.facts() if card else None
+    total, counted = boards.total_power(names)
     return {
         "rails": names,
-        "total": boards.total_power(names)[0] or (GPU if told and told["measures_power"] else None),
+        "counted_rails": list(counted),
+        "total": total or (GPU if told and told["measures_power"] else None),
         "tegrastats": tegrastats.is_here(),
         "card": told,
     }

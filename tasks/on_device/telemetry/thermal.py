@@ -17,6 +17,8 @@ OVER_CURRENT_EVENTS = {
     "oc2": "the mean current was too high",
     "oc3": "the momentary current was too high",
 }
+#: The one whose cure is the supply. The others are cured by a mode that asks for less.
+LOW_VOLTAGE_EVENT = "oc1"
 #: What the kernel logs on boards without counters (JetPack 4 and 5: Nano and Xavier).
 ALARM_LINE = re.compile(r"soctherm: OC ALARM (0x[0-9a-fA-F]+)")
 DMESG_TIMEOUT_S = 10

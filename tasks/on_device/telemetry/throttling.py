@@ -2,9 +2,10 @@
 
 from typing import Any, Dict, List, Optional
 
-from jetway.tasks.on_device import power_mode
+from jetway.tasks.on_device import machine, power_mode
 from jetway.tasks.on_device.telemetry import clocks, nvml, thermal
 from jetway.tasks.on_device.telemetry.series import Series
+from jetway.tasks.on_device.telemetry.thermal import LOW_VOLTAGE_EVENT, OVER_CURRENT_EVENTS
 
 #: A GPU with that much to do should run at its highest clock.
 BUSY_RATIO = 0.9
@@ -19,18 +20,27 @@ FAULTS = {
     "hw_thermal_slowdown": "was slowed down by its hardware because it was hot",
     "hw_power_brake": "was slowed down because the power supply asked for it",
 }
+UNSEEN_ALARMS = (
+    "over-current alarms would not have been seen: this board has no counters, and this user may not read the kernel's "
+    "log (sudo sysctl kernel.dmesg_restrict=0 lets it)"
+)
 ADVICE = "cool the board, feed it better, or choose a lower power mode"
 
 Json = Dict[str, Any]
 
 
 def state() -> Json:
-    """What is compared before and after a measurement, and goes into its result."""
+    """What is compared before and after a measurement, and goes into its result.
+
+    ``alarms_unseen``: a Jetson that counts no over-current events, and whose log of them this user may not read.
+    """
+    counts, alarms = thermal.event_counts(), thermal.logged_alarms()
     return {
         "power_mode": power_mode.current(),
         "clock_limits": clocks.limits(),
-        "event_counts": thermal.event_counts(),
-        "logged_alarms": thermal.logged_alarms(),
+        "event_counts": counts,
+        "logged_alarms": alarms,
+        "alarms_unseen": machine.l4t_release() is not None and not counts and alarms is None,
         "low_voltage_alarm": thermal.low_voltage_alarm(),
         "fan": thermal.fan(),
     }
@@ -40,7 +50,7 @@ def reasons(before: Json, after: Json, samples: Series) -> List[str]:
     """A sentence for each reason why what was measured in between is not the machine's."""
     return (
         _changed_settings(before, after)
-        + _events(before["event_counts"], after["event_counts"])
+        + _events(before["event_counts"], after["event_counts"], after["power_mode"])
         + _alarms(before, after)
         + _cooling(samples)
         + _slow_gpu(samples, before["clock_limits"].get("gpu"))
@@ -49,12 +59,13 @@ def reasons(before: Json, after: Json, samples: Series) -> List[str]:
     )
 
 
-def notes(samples: Series) -> List[str]:
-    """What held a graphics card's clocks back by right, for the reader."""
+def notes(after: Json, samples: Series) -> List[str]:
+    """For the reader: what held a graphics card's clocks back by right, and what nobody could have seen."""
+    found = [UNSEEN_ALARMS] if after["alarms_unseen"] else []
     ratio = _ratio_with(samples, "sw_power_cap")
-    if ratio <= TOLERATED_RATIO:
-        return []
-    return ["the GPU was at its power limit in {:.0%} of the samples".format(ratio)]
+    if ratio > TOLERATED_RATIO:
+        found.append("the GPU was at its power limit in {:.0%} of the samples".format(ratio))
+    return found
 
 
 def _changed_settings(before: Json, after: Json) -> List[str]:
@@ -75,14 +86,25 @@ def _mhz(value: Optional[float]) -> str:
     return "off" if value is None else "{:.0f} MHz".format(value)
 
 
-def _events(before: Dict[str, int], after: Dict[str, int]) -> List[str]:
+def _events(before: Dict[str, int], after: Dict[str, int], mode: Optional[str]) -> List[str]:
     found = []
     for counter in sorted(after):
         count = after[counter] - before.get(counter, 0)
         if count > 0:
-            text = "the board throttled {} times because {} ({}): {}"
-            found.append(text.format(count, thermal.OVER_CURRENT_EVENTS[counter], counter.upper(), ADVICE))
+            text, why = "the board throttled {} times because {} ({}): {}", OVER_CURRENT_EVENTS[counter]
+            found.append(text.format(count, why, counter.upper(), _event_advice(counter, mode)))
     return found
+
+
+def _event_advice(counter: str, mode: Optional[str]) -> str:
+    """An Orin Nano without a power limit (MAXN_SUPER) throttles so all the time: its mode is what has to change."""
+    if counter == LOW_VOLTAGE_EVENT:
+        return "use a stronger supply or a shorter cable"
+    if mode is None:
+        return ADVICE
+    return "power mode {} asks for too much, so name a lower one as power_mode; `jetway probe` lists them".format(
+        mode
+    )
 
 
 def _alarms(before: Json, after: Json) -> List[str]:

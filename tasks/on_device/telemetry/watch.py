@@ -38,7 +38,7 @@ def watched(work_dir: str, gpu: Optional[str], samples: bool) -> Iterator[Watch]
         yield watch
     after = throttling.state()
     watch.reasons = throttling.reasons(before, after, series)
-    watch.report.update(before=before, after=after, notes=throttling.notes(series))
+    watch.report.update(before=before, after=after, notes=throttling.notes(after, series))
 
 
 def card_of(entries: Sequence[Json]) -> Optional[str]:
