@@ -737,6 +737,11 @@ class Target(Section):
         providers = self.providers if self.engine is EngineName.ONNXRUNTIME else ()
         return Backend(engine=self.engine, providers=providers)
 
+    def power_settings(self, benchmark: BenchmarkConfig) -> dict[str, Any]:
+        """``power_mode`` and ``lock_clocks`` of measurements there; what the recipe says comes first."""
+        locked = self.lock_clocks if benchmark.lock_clocks is None else benchmark.lock_clocks
+        return {"power_mode": benchmark.power_mode or self.power_mode, "lock_clocks": locked}
+
     @property
     def leased_engine(self) -> EngineName:
         """The engine whose accelerator its jobs lease: TensorRT's, which is the GPU, wherever one is used."""

@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jetway.configs.schema import EngineName, Precision, Recipe, Stage, Target
+from jetway.configs.schema import BenchmarkConfig, EngineName, Precision, Recipe, Stage, Target
 from jetway.flows.pipeline import Observer, make_context
-from jetway.tasks.contract import Contract, contract_of
+from jetway.tasks.contract import Contract, JetPack, contract_of
 from jetway.tasks.depth import matching_containers
 from jetway.tasks.errors import ConfigError
 from jetway.tasks.export import onnx_node_names
@@ -32,7 +32,7 @@ def check_recipe(recipe: Recipe, path: Path, targets: Sequence[Target]) -> None:
     check_workload(workload)
     check_recipe_fits(recipe, path, workload)
     for target in targets:
-        check_target(recipe, target, probe(target))
+        check_target(recipe, target, probe(target, recipe.benchmark))
 
 
 def check_recipe_fits(recipe: Recipe, path: Path, workload: Workload) -> None:
@@ -63,9 +63,9 @@ def check_recipe_fits(recipe: Recipe, path: Path, workload: Workload) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def probe(target: Target) -> TargetInfo:
+def probe(target: Target, benchmark: BenchmarkConfig | None = None) -> TargetInfo:
     with open_target(target) as session:
-        return probe_target(session)
+        return probe_target(session, benchmark)
 
 
 def print_target(target: Target, *, as_json: bool) -> None:
@@ -74,6 +74,8 @@ def print_target(target: Target, *, as_json: bool) -> None:
         print(info.model_dump_json(indent=1))
         return
     table = Table(box=None, show_header=False, title=target.name, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for row in facts(info):
         table.add_row(*row)
     Console().print(table)
@@ -83,8 +85,10 @@ def facts(info: TargetInfo) -> Iterator[tuple[str, str]]:
     """What a person wants to know of a target, a name and a value each."""
     yield "machine", info.machine
     yield "system", f"{info.hostname}, {info.os}, Linux {info.kernel}"
+    if info.module:
+        yield "module", info.module
     if info.l4t:
-        yield "Jetson Linux", info.l4t
+        yield "Jetson Linux", info.l4t.removeprefix("# ")
     yield "Python", info.python
     yield "memory", f"{info.memory_mib.available or 0:.0f} of {info.memory_mib.total or 0:.0f} MiB available"
     yield "disk", f"{info.free_disk_mib:.0f} MiB free in the work folder"
@@ -104,10 +108,8 @@ def _engine_words(engine: EngineInfo) -> str:
 
 def _contract_facts(info: TargetInfo, contract: Contract) -> Iterator[tuple[str, str]]:
     """What TensorRT can do there; a fact from a table says where the table has it from."""
-    if info.jetpack:
-        yield "JetPack", info.jetpack
-    elif contract.jetpack:
-        yield "JetPack", f"{contract.jetpack.name} ({contract.jetpack.source})"
+    if info.jetpack or contract.jetpack:
+        yield "JetPack", _jetpack_words(info.jetpack, contract.jetpack)
     if contract.parser:
         yield "ONNX opset", f"up to {contract.parser.max_opset} ({contract.parser.source})"
     yield "precisions", ", ".join(p for p in Precision if p not in contract.refused)
@@ -124,6 +126,14 @@ def _contract_facts(info: TargetInfo, contract: Contract) -> Iterator[tuple[str,
         yield "power modes", f"{', '.join(info.power_modes)}; {info.power_mode} is set"
     elif contract.board:
         yield "power modes", f"{', '.join(contract.board.power_modes)} ({contract.board.source})"
+
+
+def _jetpack_words(told: str | None, known: JetPack | None) -> str:
+    """The release that the probe told or the table has, and what the table says it brings."""
+    if known is None:
+        return told or ""
+    brings = f"Python {known.python}, TensorRT {known.tensorrt}, CUDA {known.cuda}"
+    return f"{told or known.name}, which brings {brings} ({known.source})"
 
 
 def trust_target(target: Target, *, assume_yes: bool) -> int:

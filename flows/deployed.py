@@ -132,7 +132,7 @@ class Inspection:
         backend = self._target.backend(self._found.variant)
         state = session.call("checkup", {"engine": str(backend.engine)})
         file = session.call("engine_file", {"path": self._found.remote_path})
-        mode = self._recipe.benchmark.power_mode or self._target.power_mode
+        mode = self._target.power_settings(self._recipe.benchmark)["power_mode"]
         yield from before_checks(self._found, self._target, info, state, file, power_mode=mode)
 
     def _package(self, session: TargetSession) -> Iterator[Check]:

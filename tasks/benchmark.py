@@ -73,11 +73,9 @@ def _request(
 ) -> dict[str, Any]:
     inputs = push_handle(context, session, example_inputs(context), stage=stage_name(session.target.name))
     threads = next(iter(engines.values())).metadata["threads"]
-    target = session.target
     return {
         **config.model_dump(mode="json", exclude={"timeout_s"}),
-        "power_mode": config.power_mode or target.power_mode,
-        "lock_clocks": target.lock_clocks if config.lock_clocks is None else config.lock_clocks,
+        **session.target.power_settings(config),
         "engines": [_entry(engine, inputs, name) for name, engine in engines.items()],
         "canary": _canary_entry(context, session, threads),
         "max_duration_s": config.timeout_s * SESSION_SHARE,

@@ -111,6 +111,8 @@ def target_checks(target: Target, info: TargetInfo) -> Iterator[Check]:
             f"{target.engine} {engine.version}; all that is there: {', '.join(others)}",
             double=engine.double,
         )
+    if info.power_problem:
+        yield judged("power settings", False, info.power_problem)
     yield from simulated_checks(info)
 
 

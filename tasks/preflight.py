@@ -7,7 +7,7 @@ import logging
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from jetway.configs.schema import EngineName, Precision, Recipe, Target
+from jetway.configs.schema import BenchmarkConfig, EngineName, Precision, Recipe, Target
 from jetway.tasks.contract import BF16_OPSET, contract_of
 from jetway.tasks.errors import TargetMismatchError
 from jetway.tasks.remote import RETRY_DELAYS_S, is_unreachable
@@ -22,9 +22,10 @@ OLDEST_PYTHON = (3, 6)
 PROBE_TIMEOUT_S = 60.0
 
 
-def probe_target(session: TargetSession) -> TargetInfo:
-    """What the target is and can do."""
-    return TargetInfo.model_validate(session.call("probe", {}, timeout_s=PROBE_TIMEOUT_S))
+def probe_target(session: TargetSession, benchmark: BenchmarkConfig | None = None) -> TargetInfo:
+    """What the target is and can do, and whether its power can be set as ``benchmark`` and the target's file ask."""
+    request = session.target.power_settings(benchmark or BenchmarkConfig())
+    return TargetInfo.model_validate(session.call("probe", request, timeout_s=PROBE_TIMEOUT_S))
 
 
 def check_target(recipe: Recipe, target: Target, info: TargetInfo) -> None:
@@ -110,6 +111,6 @@ def _thread_problems(recipe: Recipe, info: TargetInfo) -> list[str]:
 )
 def preflight(context: StageContext, target: Target, recipe: Recipe) -> TargetInfo:
     with context.timed(f"preflight {target.name}"), open_target(target) as session:
-        info = probe_target(session)
+        info = probe_target(session, recipe.benchmark)
     check_target(recipe, target, info)
     return info

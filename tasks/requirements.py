@@ -54,11 +54,13 @@ def engine_problems(recipe: Recipe, target: Target, info: TargetInfo) -> Iterato
 
 
 def power_mode_problems(recipe: Recipe, target: Target, info: TargetInfo) -> Iterator[str]:
-    """A mode is asked for by name, and boards have different ones."""
-    mode, key = recipe.benchmark.power_mode or target.power_mode, "power_mode"
+    """A mode is asked for by name, and boards have different ones; setting it, or the clocks, needs root."""
+    mode, key = target.power_settings(recipe.benchmark)["power_mode"], "power_mode"
     if recipe.benchmark.power_mode:
         key = "benchmark.power_mode"
     if mode is None or mode in info.power_modes:
+        if info.power_problem:
+            yield f"power_mode, lock_clocks: {info.power_problem}"
         return
     known = f"it has {', '.join(info.power_modes)}" if info.power_modes else "nvpmodel lists none there"
     yield f"{key}: {mode} is no power mode of this board; {known}. Name one of its own, or leave the key out."

@@ -91,6 +91,9 @@ class TargetInfo(_Facts):
     jetpack: str | None = Field(default=None, description="The JetPack that brought its Jetson Linux.")
     power_modes: tuple[str, ...] = Field(default=(), description="Those of nvpmodel, by name.")
     power: PowerInfo | None = None
+    power_problem: str | None = Field(
+        default=None, description="Why the asked power mode or locked clocks cannot be set there."
+    )
     trtexec: str | None = Field(default=None, description="Where NVIDIA's trtexec is.")
     power_mode: str | None = Field(default=None, description="The one that is set.")
     boot_id: str

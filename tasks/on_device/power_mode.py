@@ -66,6 +66,19 @@ def facts() -> Json:
     }
 
 
+def root_problem(mode: Optional[str], lock_clocks: bool) -> Optional[str]:
+    """What keeps this user from setting the board so, in words; None where nothing does. Runs only what asks."""
+    try:
+        change = _needed_change(mode, lock_clocks)
+        if "mode" in change:
+            _as_root(["nvpmodel", "-q"])
+        if change and (change.get("lock_clocks") or shutil.which("jetson_clocks") is not None):
+            _as_root(["jetson_clocks", "--show"])
+    except DeviceError as exc:
+        return str(exc)
+    return None
+
+
 @contextlib.contextmanager
 def held(work_dir: str, mode: Optional[str], lock_clocks: bool) -> Iterator[Json]:
     """The board in that mode, with its clocks locked where asked, in the body; afterwards as it was before.

@@ -10,7 +10,8 @@ SCHEMA_VERSION = 1
 
 
 def run(request: Dict[str, Any], progress: Callable[[Dict[str, Any]], None]) -> Dict[str, Any]:
-    """``work_dir`` of the request is the folder whose free disk counts; the current one by default.
+    """``work_dir`` of the request is the folder whose free disk counts; the current one by default. ``power_mode`` and
+    ``lock_clocks`` are what a measurement would set; ``power_problem`` says why it could not.
 
     Memory and disk are in MiB. An engine that is absent says why. ``power`` is what measures watts here.
     """
@@ -29,6 +30,7 @@ def run(request: Dict[str, Any], progress: Callable[[Dict[str, Any]], None]) -> 
         engines=engines.facts(),
         power=sensors.facts(),
         trtexec=checkup.trtexec_path(),
+        power_problem=power_mode.root_problem(request.get("power_mode"), bool(request.get("lock_clocks"))),
     )
     facts.update(boards.facts(), **power_mode.facts())
     return facts

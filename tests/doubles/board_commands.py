@@ -120,6 +120,8 @@ def jetson_clocks(arguments):
     elif arguments[:1] == ["--restore"]:
         for line in read(arguments[1]).splitlines():
             write(*line.rsplit(":", 1))
+    elif arguments[:1] == ["--show"]:
+        print("".join(f"{name}: {read(name)}\n" for name in files), end="")
     elif not board().get("ignores_clocks"):
         for name in files:
             write(name, read(re.sub(r"(min|cur)_freq$", "max_freq", name)))

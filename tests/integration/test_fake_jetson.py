@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from doubles import networks
-from doubles.fake_jetson.fixtures import QUICK
 from doubles.fake_jetson.machines import MACHINES, interpreter
 
 from jetway.configs.schema import BenchmarkConfig, BuildConfig, Target, TensorRtConfig
@@ -157,7 +156,7 @@ def test_a_run_survives_what_befalls_its_boards(on_jetsons, switch_on, fault, wh
         "build": {"revision": 2},
         "tensorrt": {"workspace_mib": [512, 256], "timing_cache": False},
         # Long enough for the alarm to come in the middle.
-        "benchmark": QUICK["benchmark"] | {"min_duration_s": 2.0},
+        "benchmark": {"warmup_runs": 2, "min_queries": 30, "min_duration_s": 2.0, "max_extensions": 1},
     }
     run = on_jetsons("run", NANO, XAVIER, ORIN, SERVER, variants=["baseline-fp32"], **changes)
     rows = finished(run)

@@ -293,11 +293,13 @@ import getpass, json, os, subprocess
 from jetway.tasks.on_device import errors, power_mode
 if os.geteuid() == 0:
     os.setgroups([]); os.setgid({nobody}); os.setuid({nobody})
+foreseen = power_mode.root_problem("5W", True)
 try:
     with power_mode.held(".", "5W", True) as report:
         during = power_mode.current()
-    print(json.dumps([during, report["restored"]]))
+    print(json.dumps([during, report["restored"], foreseen]))
 except errors.DeviceError as exc:
+    assert foreseen.split(" needs root")[1] == str(exc).split(" needs root")[1]
     print(json.dumps(str(exc)))
 """
 
@@ -332,7 +334,7 @@ def users_folder(tmp_path):
 
 def test_a_user_goes_through_sudo_without_a_password(board, users_folder):
     made = board("Nano JP4.6")
-    assert as_user(made, users_folder) == ["5W", True]
+    assert as_user(made, users_folder) == ["5W", True, None]
     assert "sudo -n nvpmodel -m 1" in made.commands()
     assert "sudo -n jetson_clocks" in made.commands()
     assert made.mode == 0
@@ -346,6 +348,30 @@ def test_sudo_that_asks_for_a_password_is_named_with_the_line_to_add(board, user
     assert f"jetson ALL=(root) NOPASSWD: {paths}" in message
     assert "sudo visudo -f /etc/sudoers.d/jetway" in message
     assert made.mode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "problem"),
+    [
+        ("Nano JP4.6", (None, False), None),
+        ("Nano JP4.6", ("MAXN", False), None),
+        ("Nano JP4.6", ("5W", True), None),
+        ("Nano JP4.6", ("12W", False), "no power mode '12W'"),
+    ],
+)
+def test_what_could_be_set_is_asked_without_setting_it(board, name, asked, problem):
+    made = board(name)
+    mode, limits = power_mode.current(), clocks.limits()
+    found = power_mode.root_problem(*asked)
+    assert (found is None) if problem is None else (problem in found)
+    assert (power_mode.current(), clocks.limits()) == (mode, limits)
+    assert not any(line.startswith(("nvpmodel -m", "jetson_clocks --store")) for line in made.commands())
+
+
+def test_clocks_that_nothing_can_lock_are_a_problem_at_once(board, monkeypatch, tmp_path):
+    board("Nano JP4.6")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "jetson_clocks is not on this machine" in power_mode.root_problem(None, True)
 
 
 def test_a_slow_command_is_waited_for(board, work_dir):

@@ -267,6 +267,13 @@ def test_a_power_mode_of_another_board_is_refused(keys, sections, key):
     assert "MAXN, 15W, 30W" in found
 
 
+def test_a_power_mode_that_this_user_may_not_set_is_refused_before_training():
+    target = Target(name="orin", engine="tensorrt", lock_clocks=True)
+    facts = MODES | {"power_problem": "jetson_clocks needs root, and sudo asks for a password here."}
+    (found,) = power_mode_problems(recipe(), target, info_of(*ORIN, **facts))
+    assert found == "power_mode, lock_clocks: jetson_clocks needs root, and sudo asks for a password here."
+
+
 def test_a_power_mode_without_nvpmodel_is_refused():
     target = Target(name="server", engine="tensorrt", power_mode="MAXN")
     (found,) = power_mode_problems(recipe(), target, info_of(*SERVER))

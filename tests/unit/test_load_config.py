@@ -1,3 +1,4 @@
+import shlex
 from pathlib import Path
 
 import pytest
@@ -251,3 +252,13 @@ def test_any_override_gives_values_or_a_config_error(override):
 def test_packaged_recipes_are_valid(path):
     recipe, _ = load_recipe(path.stem)
     assert recipe.name == path.stem
+
+
+def test_what_the_tensorrt_recipe_says_of_a_nano_can_be_typed():
+    """Its comment gives the options; with them no gate is left without a variant."""
+    path = Path(packaged_recipes.__file__).with_name("digits-tensorrt.yaml")
+    (line,) = [line for line in path.read_text().splitlines() if line.startswith("# A Jetson Nano")]
+    options = shlex.split(line.partition("wants: ")[2])
+    recipe, _ = load_recipe("digits-tensorrt", [word for word in options if word != "--set"])
+    assert recipe.export.opset == 13
+    assert not any(variant.precision.is_int8 for variant in recipe.variants)
