@@ -65,7 +65,9 @@ def info(**changes):
 
 def test_probe_shows_what_tensorrt_can_do_and_where_it_is_known_from():
     shown = dict(facts(info()))
-    assert shown["JetPack"].startswith("6.1, 6.2, which brings Python 3.10, TensorRT 10.3.0, CUDA 12.6 (not verified")
+    assert shown["JetPack"].startswith(
+        "6.1, 6.2, which brings Python 3.10, TensorRT 10.3.0, CUDA 12.6 (not verified"
+    )
     assert shown["ONNX opset"].startswith("up to 20 (not verified")
     assert shown["precisions"] == "fp32, fp16, bf16, int8-ptq, int8-qat, int8-calibrated"
     assert shown["DLA cores"] == "2"

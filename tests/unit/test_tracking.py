@@ -128,6 +128,12 @@ def test_tracker_takes_hostile_text_as_data(tracker: Tracker) -> None:
     assert (run.params["recipe.description"], run.tags["error"], run.tags[NOTE_TAG]) == (text,) * 3
 
 
+def test_a_run_gets_another_name(tracker: Tracker) -> None:
+    run_id = tracker.start_run("digits", run_name="first")
+    tracker.rename(run_id, "second")
+    assert tracker.run(run_id).name == "second"
+
+
 def test_tracker_links_files_and_remembers_their_handles(tracker: Tracker, home: Path) -> None:
     store = Store()
     run_id = tracker.start_run("digits")
