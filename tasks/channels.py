@@ -19,7 +19,9 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch_pruning.ops import OPTYPE
+from torch_pruning.dependency.node import Node
+from torch_pruning.dependency.shape_infer import infer_out_channels_recursively
+from torch_pruning.ops import OPTYPE, _OutputOp
 
 from jetway.configs.schema import Importance
 from jetway.tasks.attention import (
@@ -111,7 +113,7 @@ def trace_dependencies(network: nn.Module, inputs: Inputs, output_names: Sequenc
     for parameter in network.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
-    graph = tp.DependencyGraph()
+    graph = _Dependencies()
     with (
         bridged(network),
         torch.enable_grad(),
@@ -130,6 +132,36 @@ def trace_dependencies(network: nn.Module, inputs: Inputs, output_names: Sequenc
         if node.type == OPTYPE.SPLIT:
             node.enable_index_mapping = True
     return graph
+
+
+class _Dependencies(tp.DependencyGraph):  # type: ignore[misc]
+    """Knows that a factor which is spread over another's channels does not lose channels with it.
+
+    Such are the weights of places, as in spatial attention. What made the factor keeps its channels, as what makes an
+    output does: nobody knows any more which of them lies where.
+    """
+
+    def _trace(self, *args: Any, **kwargs: Any) -> Any:
+        nodes = super()._trace(*args, **kwargs)
+        makers = {node.grad_fn: node for node in nodes.values()}
+        for product in list(nodes.values()):
+            for maker, factor, other in _factors(product.grad_fn):
+                if maker in makers and self._is_spread(makers[maker], factor, other):
+                    self._set_apart(makers[maker], product, factor.shape)
+        return nodes
+
+    def _is_spread(self, node: Any, factor: Tensor, other: Tensor) -> bool:
+        """Whether ``factor`` is broadcast against ``other`` and no axis of it holds its layer's channels."""
+        pairs = zip(reversed(factor.shape), reversed(other.shape), strict=False)
+        if node.type == OPTYPE.PARAMETER or not any(one == 1 < many for one, many in pairs):
+            return False
+        channels = infer_out_channels_recursively(self, node, [0])
+        return channels is not None and (channels == 1 or channels not in factor.shape)
+
+    def _set_apart(self, factor: Any, product: Any, shape: torch.Size) -> None:
+        product.inputs.remove(factor)
+        factor.outputs[factor.outputs.index(product)] = Node(_OutputOp(self._op_id, shape), None)
+        self._op_id += 1
 
 
 def find_candidates(
@@ -217,6 +249,16 @@ def checked_outputs(network: nn.Module, inputs: Inputs, output_names: Sequence[s
     """Outputs of a pruned network. Raises PruningError naming the module whose forward no longer fits."""
     with torch.no_grad(), _failures_named(network, "fails after pruning"):
         return call_network(network, inputs, output_names)
+
+
+def _factors(grad_fn: Any) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """What made each factor of an element-wise product of two, the factor, and the other one."""
+    if type(grad_fn).__name__ != "MulBackward0":
+        return
+    factors = (grad_fn._saved_self, grad_fn._saved_other)
+    if all(factor is not None for factor in factors):
+        makers = [maker for maker, _ in grad_fn.next_functions]
+        yield from zip(makers, factors, reversed(factors), strict=True)
 
 
 def _own_ratios(candidates: Sequence[Candidate], ratios: Mapping[str, float]) -> dict[str, float]:

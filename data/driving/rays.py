@@ -28,7 +28,9 @@ def cast_rays(boxes: Boxes, origin: Floats, directions: Floats) -> Hits:
     with np.errstate(divide="ignore", invalid="ignore"):
         ground = np.where(directions[:, 2] < 0, -origin[2] / directions[:, 2], np.inf)
         distances, axes = _enter(boxes, origin, directions)
-    nearest = np.concatenate([distances, ground[None]]).argmin(axis=0) if len(boxes) else np.zeros(len(ground), int)
+    nearest = (
+        np.concatenate([distances, ground[None]]).argmin(axis=0) if len(boxes) else np.zeros(len(ground), int)
+    )
     best = np.concatenate([distances, ground[None]])[nearest, np.arange(len(ground))]
     surfaces = np.where(nearest == len(boxes), GROUND, nearest)
     surfaces = np.where(np.isinf(best), NOTHING, surfaces)

@@ -71,11 +71,15 @@ class Rig:
     def _camera(self, yaw: float) -> Camera:
         pitch = math.radians(self.pitch_degrees)
         height, width = self.image_size
-        forward = np.array([math.cos(yaw) * math.cos(pitch), math.sin(yaw) * math.cos(pitch), -math.sin(pitch)])
+        forward = np.array(
+            [math.cos(yaw) * math.cos(pitch), math.sin(yaw) * math.cos(pitch), -math.sin(pitch)]
+        )
         right = np.array([math.sin(yaw), -math.cos(yaw), 0.0])
         axes = np.stack([right, np.cross(forward, right), forward]).astype(np.float32)
         position = np.array([0.4 * math.cos(yaw), 0.4 * math.sin(yaw), 1.7], dtype=np.float32)
-        return Camera(position, axes, width / 2 / math.tan(math.radians(self.view_degrees) / 2), height, width)
+        return Camera(
+            position, axes, width / 2 / math.tan(math.radians(self.view_degrees) / 2), height, width
+        )
 
     def beam_directions(self) -> Floats:
         """Unit vectors of all beams of one turn, [beams × azimuths, 3]."""
@@ -115,7 +119,7 @@ def _take_image(scene: Scene, camera: Camera, rng: np.random.Generator) -> NDArr
     colors = colors * shade[:, None]
     colors[hits.surfaces == NOTHING] = _SKY_COLOR
     colors = colors * scene.light + rng.normal(0, _PIXEL_NOISE, size=colors.shape)
-    pixels = np.clip(colors * 255, 0, 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.clip(colors * 255, 0, 255).astype(np.uint8)
     return pixels.reshape(camera.height, camera.width, 3).transpose(2, 0, 1)
 
 

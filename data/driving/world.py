@@ -40,17 +40,16 @@ class Road:
     half_width_m: float
     crosswalk_m: float
 
-    def along_and_across(self, x: Floats, y: Floats) -> tuple[Floats, Floats]:
-        cos, sin = math.cos(self.yaw), math.sin(self.yaw)
-        return x * cos + y * sin, y * cos - x * sin - self.offset_m
-
     def ground(self, x: Floats, y: Floats) -> NDArray[np.int8]:
         """Index into GROUNDS at each place; 0 beside the road."""
-        along, across = self.along_and_across(x, y)
+        cos, sin = math.cos(self.yaw), math.sin(self.yaw)
+        along, across = x * cos + y * sin, y * cos - x * sin - self.offset_m
         on_road = np.abs(across) < self.half_width_m
         marked = np.abs(across) < _MARKING_HALF_WIDTH_M
         crossed = np.abs(along - self.crosswalk_m) < _CROSSWALK_HALF_WIDTH_M
-        return np.asarray(on_road * np.maximum(np.where(marked, 2, 1), np.where(crossed, 3, 0)), dtype=np.int8)
+        return np.asarray(
+            on_road * np.maximum(np.where(marked, 2, 1), np.where(crossed, 3, 0)), dtype=np.int8
+        )
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,8 @@ class Scene:
 
     def ground(self, x: Floats, y: Floats) -> NDArray[np.int8]:
         """Index into GROUNDS at each place."""
-        return np.maximum.reduce([road.ground(x, y) for road in self.roads])
+        grounds: NDArray[np.int8] = np.maximum.reduce([road.ground(x, y) for road in self.roads])
+        return grounds
 
 
 def make_scene(rng: np.random.Generator, extent_m: float) -> Scene:
@@ -115,7 +115,9 @@ def _make_boxes(rng: np.random.Generator, road: Road, extent_m: float) -> Boxes:
     places, yaws = _places(rng, kinds, road, extent_m)
     radii = np.hypot(sizes[:, 0], sizes[:, 1]) / 2
     kept = _free(places, radii, extent_m)
-    colors = np.where(kinds[:, None] == KINDS.index("bush"), _greens(rng, count), rng.uniform(0, 1, (count, 3)))
+    colors = np.where(
+        kinds[:, None] == KINDS.index("bush"), _greens(rng, count), rng.uniform(0, 1, (count, 3))
+    )
     centers = np.column_stack([places, sizes[:, 2] / 2])
     values: list[Any] = [centers, sizes, yaws, colors]
     return Boxes(kinds[kept].astype(np.int64), *(value[kept].astype(np.float32) for value in values))

@@ -162,6 +162,14 @@ def _non_negative_tensors(units: list[Unit]) -> set[str]:
     return positive
 
 
+@dataclass(frozen=True)
+class _Bias:
+    """The addition of a constant to a product."""
+
+    unit: Unit
+    constant: str
+
+
 class _Emitter:
     """Writes the nodes of the lowered graph in order."""
 
@@ -170,6 +178,8 @@ class _Emitter:
         self._graph = plan.graph
         self._nodes: list[NodeProto] = []
         self._parameters: dict[str, list[str]] = {}
+        #: Additions of a bias that the product before them has done, by their output.
+        self._added: set[str] = set()
 
     def rewrite(self) -> None:
         for name in self._graph.input_names:
@@ -184,6 +194,9 @@ class _Emitter:
         self._graph.drop_unused()
 
     def _emit_integer(self, unit: Unit) -> None:
+        if self._is_float_product(unit):
+            self._emit_float_product(unit)
+            return
         node = NodeProto()
         node.CopyFrom(unit.node)
         for index, name in enumerate(node.input):
@@ -205,9 +218,44 @@ class _Emitter:
         if weight is not None:
             value = dequantize(self._graph, weight)
             unit.node.input[1] = self._graph.add_constant(f"{weight.input[0]}_float", value)
-        self._nodes += self._guarded(unit)
+        self._nodes += _activation(unit) if unit.output in self._added else self._guarded(unit)
         if unit.output in self._affine:
             self._quantize(unit.output, unit.output)
+
+    def _is_float_product(self, unit: Unit) -> bool:
+        """Whether a MatMul of integers by a matrix of weights is to give float."""
+        if unit.operator != "MatMul" or unit.output not in self._plan.float_made:
+            return False
+        weight = quantized_weight(self._graph, unit.node.input[1])
+        assert weight is not None
+        values, scales = (self._graph.constants[name] for name in weight.input[:2])
+        return values.ndim == 2 and (scales.ndim == 0 or attribute(weight, "axis", 1) == 1)
+
+    def _emit_float_product(self, unit: Unit) -> None:
+        """ONNX Runtime would join a MatMul and its bias into a Gemm before it looks at Q/DQ, and compute in float."""
+        source, weight = unit.inputs[0], quantized_weight(self._graph, unit.node.input[1])
+        assert weight is not None
+        scale, zero = self._scale_and_zero(source)
+        inputs = [f"{source}_quantized", weight.input[0], scale, weight.input[1], zero, ""]
+        bias = self._bias_after(unit)
+        if bias is not None:
+            inputs.append(bias.constant)
+            self._added.add(bias.unit.output)
+        output = bias.unit.node.output[0] if bias is not None else unit.output
+        self._graph.opsets[MS_DOMAIN] = 1
+        self._nodes.append(
+            helper.make_node("MatMulIntegerToFloat", inputs, [output], name=unit.name, domain=MS_DOMAIN)
+        )
+
+    def _bias_after(self, unit: Unit) -> _Bias | None:
+        """The addition of one constant a column that is the only reader of a product."""
+        readers = [reader for reader in self._plan.units if unit.output in reader.inputs]
+        if len(readers) != 1 or readers[0].operator != "Add" or unit.output in self._graph.output_names:
+            return None
+        constants = [name for name in readers[0].node.input if name in self._graph.constants]
+        if len(constants) != 1 or self._graph.constants[constants[0]].ndim != 1:
+            return None
+        return _Bias(readers[0], constants[0])
 
     def _guarded(self, unit: Unit) -> list[NodeProto]:
         """The unit's own nodes, but in a form that ONNX Runtime leaves in float.

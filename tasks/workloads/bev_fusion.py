@@ -134,7 +134,8 @@ class BevFusionWorkload(Workload):
     def summarize(self, records: Sequence[Record]) -> dict[str, float]:
         matches = [match for record in records for match in record["matches"]]
         objects, both, either = (
-            np.sum([record[key] for record in records], axis=0) for key in ("objects", "intersection", "union")
+            np.sum([record[key] for record in records], axis=0)
+            for key in ("objects", "intersection", "union")
         )
         return {
             "map": mean_average_precision(matches, objects),

@@ -81,6 +81,19 @@ class QdqBuilder:
             strides=[stride] * 2, pads=[kernel // 2] * 4,
         )  # fmt: skip
 
+    def linear(self, source: str, inputs: int, outputs: int, *, biased: bool) -> str:
+        """A layer over the last axis, as PyTorch's exporter writes it."""
+        value = self.rng.standard_normal((inputs, outputs)).astype(np.float32) * np.float32(inputs**-0.5)
+        scales = np.abs(value).max(0) / np.float32(127)
+        names = [self.constant(np.rint(value / scales).astype(np.int8)), self.constant(scales)]
+        zeros = self.constant(np.zeros(outputs, np.int8))
+        weight = self.add("DequantizeLinear", *names, zeros, axis=1)
+        product = self.add("MatMul", self.quantize(source, 4.0), weight)
+        if not biased:
+            return product
+        bias = self.constant(self.rng.standard_normal(outputs).astype(np.float32))
+        return self.add("Add", bias, product)
+
     def relu(self, source: str) -> str:
         return self.add("Relu", source)
 
@@ -262,6 +275,29 @@ def test_lower_keeps_the_outputs_of_other_networks(family: Any) -> None:
     lowered = lower(graph)
     assert lowered.integer_macs_ratio > 0.3
     assert relative_error(graph, lowered.graph) <= 0.10
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_lower_computes_linear_layers_of_tokens_in_integers(biased: bool, tmp_path: Path) -> None:
+    b = QdqBuilder(96, 12)
+    tokens = b.add("Transpose", "x", perm=[0, 2, 3, 1])
+    hidden = b.relu(b.linear(tokens, 96, 192, biased=biased))
+    graph = b.graph(b.linear(hidden, 192, 96, biased=biased))
+    lowered = lower(graph)
+    operators = optimized_operators(lowered.graph, tmp_path)
+    assert lowered.integer_macs_ratio == 1.0
+    assert operators["MatMulIntegerToFloat"] + operators["QLinearMatMul"] == 2
+    assert operators["MatMul"] + operators["Gemm"] + operators["Add"] == 0
+    assert relative_error(graph, lowered.graph) <= 0.05
+
+
+def test_lower_adds_a_bias_once_where_the_product_is_read_too() -> None:
+    b = QdqBuilder(96, 12)
+    tokens = b.add("Transpose", "x", perm=[0, 2, 3, 1])
+    biased = b.linear(tokens, 96, 192, biased=True)
+    product = next(node for node in b.nodes if node.op_type == "MatMul").output[0]
+    graph = b.graph(b.add("Sub", biased, b.add("Sigmoid", product)))
+    assert relative_error(graph, lower(graph).graph) <= 0.05
 
 
 def test_lower_keeps_every_output_of_the_graph() -> None:

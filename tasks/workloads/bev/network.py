@@ -91,7 +91,7 @@ class BevEncoder(nn.Module):
         self.up = ConvBlock(2 * channels, channels, kernel=1)
 
     def forward(self, bev: Tensor) -> Tensor:
-        fine = self.fine(bev)
+        fine: Tensor = self.fine(bev)
         coarse = self.up(self.coarse(self.down(fine)))
         return fine + functional.interpolate(coarse, scale_factor=2.0, mode="nearest")
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from jetway.tasks.workloads.digits import ConvBlock
 
 _MLP_RATIO = 2
-# What keeps pixels apart that only the shift brought into one window.
-_APART = -100.0
+# What keeps pixels apart that only the shift brought into one window. Behind a softmax the usual -100 leaves numbers
+# below 1e-38, over which a CPU takes several times as long.
+_APART = -50.0
 
 Size = tuple[int, int]
 
@@ -22,7 +23,12 @@ class SwinEncoder(nn.Module):
     """Images [B, 3, H, W] to one feature map a stage, of strides 8, 16, …; ``window`` must divide each of them."""
 
     def __init__(
-        self, image_size: Size, dims: tuple[int, ...], depths: tuple[int, ...], num_heads: tuple[int, ...], window: Size
+        self,
+        image_size: Size,
+        dims: tuple[int, ...],
+        depths: tuple[int, ...],
+        num_heads: tuple[int, ...],
+        window: Size,
     ) -> None:
         super().__init__()
         stem = dims[0] // 2
@@ -112,7 +118,12 @@ class Windows(nn.Module):
         regions[-self.shift[0] :] += 1
         regions[:, -self.shift[1] :] += 2
         height, width = self.window
-        cut = regions.reshape(self.grid[0], height, self.grid[1], width).transpose(1, 2).flatten(2).flatten(0, 1)
+        cut = (
+            regions.reshape(self.grid[0], height, self.grid[1], width)
+            .transpose(1, 2)
+            .flatten(2)
+            .flatten(0, 1)
+        )
         return torch.where(cut[:, None] == cut[:, :, None], 0.0, _APART)[:, None]
 
 
@@ -134,12 +145,13 @@ class WindowAttention(nn.Module):
     def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
         """Windows [B, T, C] to the same shape; ``mask`` [windows of an image, 1, T, T] is added to the attention."""
         length, width = windows.shape[1], self.qkv.out_features // 3
-        parts = self.qkv(windows).reshape(-1, length, 3, self.num_heads, width // self.num_heads)
-        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        parts = self.qkv(windows).reshape(-1, length, 3 * self.num_heads, width // self.num_heads)
+        query, key, value = parts.transpose(1, 2).split(self.num_heads, dim=1)
         scale = (width // self.num_heads) ** -0.5
         weights = query @ key.transpose(-2, -1) * scale + self._bias(length)
         if mask is not None:
-            weights = (weights.unflatten(0, (-1, len(mask))) + mask).flatten(0, 1)
+            shape = (self.num_heads, length, length)
+            weights = (weights.reshape(-1, mask.shape[0], *shape) + mask).reshape(-1, *shape)
         mixed = weights.softmax(dim=-1) @ value
         projected: Tensor = self.proj(mixed.transpose(1, 2).reshape(-1, length, width))
         return projected

@@ -33,7 +33,7 @@ class DepthBins:
     def index(self, depth_m: NDArray[np.float32]) -> Indices:
         """Bin of each depth; negative or ``count`` and more where there is none."""
         share = (depth_m - self.nearest_m) / (self.farthest_m - self.nearest_m)
-        return np.floor(share * self.count).astype(np.int64)
+        return np.asarray(np.floor(share * self.count), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,28 @@ class LiftSplat(nn.Module):
     seen: Tensor
 
     def __init__(
-        self, channels: int, context: int, bins: int, views: VoxelViews, *, cameras: int, heights: int, cells: int
+        self,
+        channels: int,
+        context: int,
+        bins: int,
+        views: VoxelViews,
+        *,
+        cameras: int,
+        heights: int,
+        cells: int,
     ) -> None:
         super().__init__()
         self.cameras, self.bins, self.heights, self.cells = cameras, bins, heights, cells
         self.depth = nn.Conv2d(channels, bins, kernel_size=1)
         self.context = nn.Conv2d(channels, context, kernel_size=1)
         self.register_buffer("pixel_index", torch.from_numpy(views.pixels), persistent=False)
-        self.register_buffer("depth_index", torch.from_numpy(views.pixels * bins + views.bins), persistent=False)
+        self.register_buffer(
+            "depth_index", torch.from_numpy(views.pixels * bins + views.bins), persistent=False
+        )
         self.register_buffer("seen", torch.from_numpy(views.seen).float()[:, None], persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        share = self._by_pixel(self.depth(features).softmax(dim=1)).reshape(-1, self._pixels(features) * self.bins)
+        share = self._by_pixel(self.depth(features)).softmax(dim=2).flatten(1)
         context = self._by_pixel(self.context(features))
         weight = share.index_select(1, self.depth_index)[..., None] * self.seen
         lifted = context.index_select(1, self.pixel_index) * weight
@@ -98,7 +108,9 @@ class LiftSplat(nn.Module):
 def voxel_centers(cells: NDArray[np.float32], heights_m: Sequence[float]) -> NDArray[np.float32]:
     """Places [heights × cells, 3] above the cells' middles [cells, cells, 2]."""
     flat = cells.reshape(-1, 2)
-    return np.concatenate([np.column_stack([flat, np.full(len(flat), z)]) for z in heights_m]).astype(np.float32)
+    return np.concatenate([np.column_stack([flat, np.full(len(flat), z)]) for z in heights_m]).astype(
+        np.float32
+    )
 
 
 def _view(
