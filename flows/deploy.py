@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from prefect import flow
 from prefect.futures import PrefectFuture
 
-from jetway.configs.schema import Backend, EngineName, Precision, Stage, Target, Variant
+from jetway.configs.schema import Backend, Precision, Stage, Target, Variant
 from jetway.flows.pipeline import Pipeline, open_pipeline
 from jetway.flows.record import Measured, Network, RunResult, conclude, make_rows
 from jetway.flows.server import queue_for
@@ -191,9 +191,6 @@ def package_for(run: Pipeline, measured: Measured, rows: Sequence[VariantResult]
         logger.warning("%s: nothing is packaged, because every variant failed a gate", name)
         return
     engine, model = measured.engines[best.variant], measured.models[best.variant]
-    if engine.metadata["platform"]["engine"] != EngineName.ONNXRUNTIME:
-        logger.warning("%s: %s is not packaged: packages run ONNX Runtime engines so far", name, best.variant)
-        return
     packaged = package(run.context, measured.target, engine, model, variant=best.variant)
     run.keep(f"targets/{name}/package", packaged, Package)
     run.tracker.set_tags(run.run_id, {f"package.{name}": best.variant})

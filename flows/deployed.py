@@ -138,7 +138,7 @@ class Inspection:
     def _package(self, session: TargetSession) -> Iterator[Check]:
         """The application: it starts, answers as it did, and says what is wrong with a bad input."""
         if not self._found.is_packaged:
-            yield skipped("package answers", f"the run packaged none for {self._found.row.engine}")
+            yield skipped("package answers", f"the run packaged no {self._found.row.variant}")
             return
         with tempfile.TemporaryDirectory() as folder:
             archive = package_file(self._tracker, self._found, Path(folder))

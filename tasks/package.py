@@ -21,6 +21,7 @@ from jetway.tasks.artifacts import Engine, OnnxModel, Package, StageOutput, file
 from jetway.tasks.errors import RemoteCommandError, TargetUnreachableError, WorkloadError
 from jetway.tasks.remote import RETRIES, RETRY_DELAYS_S, is_unreachable
 from jetway.tasks.stage import StageContext
+from jetway.tasks.target.agent import build_agent
 from jetway.tasks.target.process import CommandResult, readable
 from jetway.tasks.target.session import TargetSession, open_target
 from jetway.tasks.workload import batches
@@ -35,10 +36,23 @@ DESCRIPTIONS = {
     "model.onnx": "the network that the engine was built from",
     "labels.txt": "the names of the classes, one a line",
     "infer.py": "runs the engine",
+    "runtime.zip": "what it runs the engine with: Python, without anything to install",
     "benchmark.sh": "times it",
     "sample_input.npz": "the first sample of the evaluation data",
     "expected_output.npz": "what the engine answered to it on this target",
 }
+
+#: What must be there already to run an engine, and what it is tied to, by engine; of its passport's platform.
+NEEDED = {
+    "onnxruntime": "numpy and `onnxruntime=={engine_version}`",
+    "tensorrt": "TensorRT {engine_version} and its Python bindings (`tensorrt`), which JetPack brings for the system's "
+    "own Python; numpy is not needed",
+}
+FITS = {
+    "onnxruntime": "this model of CPU and this version of ONNX Runtime",
+    "tensorrt": "this model of GPU and board, and this version of TensorRT",
+}
+NAMES = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
 
 #: Facts of one run about an engine, which are no part of the engine's passport.
 RUN_FACTS = {"remote_path", "reused", "target"}
@@ -96,6 +110,7 @@ def write_files(
     (folder / "model.engine").write_bytes(context.store.open(engine).read_bytes())
     (folder / "model.onnx").write_bytes(context.store.open(onnx).read_bytes())
     (folder / "passport.json").write_text(json.dumps(passport, indent=1, sort_keys=True) + "\n")
+    (folder / "runtime.zip").write_bytes(build_agent())
     for name in SCRIPTS:
         (folder / name).write_bytes((FILES / name).read_bytes())
     if context.workload.labels:
@@ -124,11 +139,16 @@ def sample_input(context: StageContext) -> Arrays:
 def describe(passport: Mapping[str, Any], sample: Arrays, title: str, names: list[str]) -> str:
     """The README of a package."""
     template = Template((FILES / "README.md.template").read_text(encoding="utf-8"))
+    platform = passport["platform"]
+    engine = platform["engine"]
     return template.substitute(
         title=title,
         board=passport["board"] or passport["cpu"]["model"],
-        architecture=passport["platform"]["architecture"],
-        engine_version=passport["platform"]["engine_version"],
+        architecture=platform["architecture"],
+        engine=NAMES[engine],
+        engine_version=platform["engine_version"],
+        needed=NEEDED[engine].format(**platform),
+        fits=FITS[engine],
         files="\n".join(f"| `{name}` | {text} |" for name, text in DESCRIPTIONS.items() if name in names),
         inputs="\n".join(f"- `{name}`: {array.dtype}{list(array.shape)}" for name, array in sample.items()),
     )

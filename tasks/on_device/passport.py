@@ -112,7 +112,7 @@ def check(engine_path: str, expected_sha256: str) -> Dict[str, Any]:
             "this target.".format(engine_path),
             errors.MISMATCH,
         )
-    _check_platform(engine_path, passport)
+    check_platform(engine_path, passport, "Build it on this target.")
     return passport
 
 
@@ -120,7 +120,8 @@ def _platform_for(passport: Dict[str, Any]) -> Dict[str, Any]:
     return current_platform(passport["platform"]["engine"], passport["load_options"])
 
 
-def _check_platform(engine_path: str, passport: Dict[str, Any]) -> None:
+def check_platform(engine_path: str, passport: Dict[str, Any], advice: str) -> None:
+    """Raises DeviceError (mismatch) where the engine was built for another machine."""
     built_on, here = passport.get("platform", {}), _platform_for(passport)
     differences = [
         "{} is {} here and was {} there".format(key, here[key], built_on.get(key))
@@ -129,8 +130,8 @@ def _check_platform(engine_path: str, passport: Dict[str, Any]) -> None:
     ]
     if differences:
         raise DeviceError(
-            "The engine {} was built for another machine: {}. Build it on this target.".format(
-                engine_path, "; ".join(differences)
+            "The engine {} was built for another machine: {}. {}".format(
+                engine_path, "; ".join(differences), advice
             ),
             errors.MISMATCH,
         )

@@ -1,4 +1,4 @@
-"""Runs the engine beside this file. Needs Python 3.6 or newer, numpy, and the onnxruntime of passport.json.
+"""Runs the engine beside this file. Needs Python 3.6 or newer, and what README.md names to run the engine with.
 
 python3 infer.py                      outputs for sample_input.npz
 python3 infer.py my_input.npz         for inputs of your own: one array a named input, batch dimension first
@@ -8,119 +8,85 @@ python3 infer.py --benchmark 200      median and 90th percentile of 200 timed ru
 """
 
 import argparse
-import hashlib
 import json
+import math
 import os
-import platform
 import sys
 import time
-from typing import Any, Dict, List, Optional
-
-import numpy
-import onnxruntime
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+# Before any other of that name: this engine was tried with these files.
+sys.path.insert(0, os.path.join(HERE, "runtime.zip"))
+
+from jetway.tasks.on_device import engines, npz, passport, tensors  # noqa: E402
+from jetway.tasks.on_device.errors import DeviceError  # noqa: E402
+from jetway.tasks.on_device.tensors import Tensor  # noqa: E402
+
 #: Largest error that --check accepts, as a share of the largest expected value of the same output.
 TOLERANCE = 1e-3
 WARMUP_RUNS = 10
+SHOWN_VALUES = 20
 REFUSED = 2
 
-
-class Refused(Exception):
-    """The engine may not, or cannot, run here."""
+Tensors = Dict[str, Tensor]
 
 
 def path_of(name: str) -> str:
     return os.path.join(HERE, name)
 
 
-def file_sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(1 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def read_passport() -> Dict[str, Any]:
     with open(path_of("passport.json")) as file:
-        passport = json.load(file)  # type: Dict[str, Any]
-    return passport
+        found = json.load(file)  # type: Dict[str, Any]
+    return found
 
 
-def check_passport(passport: Dict[str, Any]) -> None:
-    """Raises Refused unless the engine is whole and was built by this onnxruntime for such a machine."""
-    built_by = passport["platform"]
-    if onnxruntime.__version__ != built_by["engine_version"]:
-        raise Refused(
-            "The engine was built by onnxruntime {0}, and this Python has {1}. Install that version (python3 -m "
-            "pip install onnxruntime=={0}), or build an engine from model.onnx with yours.".format(
-                built_by["engine_version"], onnxruntime.__version__
+def check_passport(found: Dict[str, Any]) -> None:
+    """Raises DeviceError unless the engine is whole and was built for such a machine."""
+    digest = passport.file_sha256(path_of("model.engine"))
+    if digest != found["engine_sha256"]:
+        raise DeviceError(
+            "model.engine is corrupt: its sha256 is {}, and the passport says {}. Unpack the package again.".format(
+                digest[:12], found["engine_sha256"][:12]
             )
         )
-    if platform.machine() != built_by["architecture"]:
-        raise Refused(
-            "The engine was built for {}, and this machine is {}. Build one from model.onnx here.".format(
-                built_by["architecture"], platform.machine()
-            )
-        )
-    digest = file_sha256(path_of("model.engine"))
-    if digest != passport["engine_sha256"]:
-        raise Refused(
-            "model.engine is corrupt: its sha256 is {}, and the passport says {}. Unpack the package "
-            "again.".format(digest[:12], passport["engine_sha256"][:12])
-        )
+    passport.check_platform(path_of("model.engine"), found, "Build one from model.onnx for this machine.")
 
 
-def load_engine(options: Dict[str, Any]) -> Any:
-    """A session with the options that the engine was built and measured for."""
-    native = onnxruntime.SessionOptions()
-    native.graph_optimization_level = getattr(
-        onnxruntime.GraphOptimizationLevel, options["graph_optimization_level"]
-    )
-    native.execution_mode = getattr(onnxruntime.ExecutionMode, options["execution_mode"])
-    native.intra_op_num_threads = options["intra_op_num_threads"]
-    native.inter_op_num_threads = options["inter_op_num_threads"]
-    for key, value in options["config_entries"].items():
-        native.add_session_config_entry(key, value)
-    return onnxruntime.InferenceSession(path_of("model.engine"), native, providers=options["providers"])
-
-
-def read_arrays(path: str) -> Dict[str, Any]:
+@contextmanager
+def opened(found: Dict[str, Any]) -> Iterator[Any]:
+    """The loaded engine, with the options that it was built and measured for."""
+    engine = engines.engine_of(found["platform"]["engine"])
+    session = engine.Session(path_of("model.engine"), found["load_options"])
     try:
-        with numpy.load(path) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError) as exc:
-        raise Refused("{} cannot be read as an .npz file of named arrays: {}".format(path, exc))
+        yield session
+    finally:
+        session.close()
 
 
-def inputs_of(session: Any, arrays: Dict[str, Any]) -> Dict[str, Any]:
-    """The arrays that the engine takes; an input that the network does not use is not in its graph."""
-    names = [node.name for node in session.get_inputs()]
-    missing = sorted(set(names) - set(arrays))
-    if missing:
-        raise Refused("The engine takes {}, and the file lacks {}.".format(sorted(names), missing))
-    return {name: arrays[name] for name in names}
-
-
-def infer(session: Any, inputs: Dict[str, Any]) -> Dict[str, Any]:
+def infer(session: Any, inputs: Any) -> Tensors:
     """Outputs by name."""
-    try:
-        outputs = session.run(None, inputs)
-    except Exception as exc:  # ONNX Runtime's exceptions have no base class of their own
-        raise Refused("The engine does not take these inputs: {}".format(exc))
-    return {node.name: array for node, array in zip(session.get_outputs(), outputs)}
+    return dict(zip(session.output_names, map(Tensor.of, session.run_checked(inputs))))
 
 
-def show(outputs: Dict[str, Any]) -> None:
+def show(outputs: Tensors) -> None:
     """Prints every output, and the label of each row of one that has as many columns as there are labels."""
     labels = read_labels()
-    for name, array in outputs.items():
-        print("{} {}{}:".format(name, array.dtype, list(array.shape)))
-        print(numpy.array2string(array, threshold=100, precision=6))
-        if labels and array.ndim == 2 and array.shape[1] == len(labels):
-            for row in array:
-                print("label: {}".format(labels[int(row.argmax())]))
+    for name, tensor in outputs.items():
+        print("{} {}:".format(name, describe(tensor)))
+        values = tensor.values()
+        more = ", ..." if len(values) > SHOWN_VALUES else ""
+        print(", ".join("{:.6g}".format(value) for value in values[:SHOWN_VALUES]) + more)
+        if labels and len(tensor.shape) == 2 and tensor.shape[1] == len(labels):
+            for start in range(0, len(values), len(labels)):
+                row = values[start : start + len(labels)]
+                print("label: {}".format(labels[row.index(max(row))]))
+
+
+def describe(tensor: Tensor) -> str:
+    return "{}{}".format(tensors.NUMPY_NAMES.get(tensor.dtype, tensor.dtype), list(tensor.shape))
 
 
 def read_labels() -> List[str]:
@@ -130,13 +96,12 @@ def read_labels() -> List[str]:
         return file.read().decode("utf-8").splitlines()
 
 
-def save(outputs: Dict[str, Any], path: str) -> None:
-    with open(path, "wb") as file:  # a file object, because a name would get another suffix
-        numpy.savez(file, **outputs)
-    print("saved: sha256 {} {}".format(file_sha256(path), path))
+def save(outputs: Tensors, path: str) -> None:
+    npz.write(path, outputs)
+    print("saved: sha256 {} {}".format(passport.file_sha256(path), path))
 
 
-def check(outputs: Dict[str, Any], expected: Dict[str, Any]) -> bool:
+def check(outputs: Tensors, expected: Tensors) -> bool:
     """Whether all outputs are the expected ones within TOLERANCE; says how far each is off."""
     if set(outputs) != set(expected):
         print("FAIL: the outputs are {}, expected {}".format(sorted(outputs), sorted(expected)))
@@ -145,41 +110,48 @@ def check(outputs: Dict[str, Any], expected: Dict[str, Any]) -> bool:
     return all(passed)
 
 
-def check_output(name: str, array: Any, expected: Any) -> bool:
-    if array.shape != expected.shape or array.dtype != expected.dtype:
-        print("FAIL: {} is {}{}, expected {}{}".format(
-            name, array.dtype, list(array.shape), expected.dtype, list(expected.shape)
-        ))  # fmt: skip
+def check_output(name: str, output: Tensor, expected: Tensor) -> bool:
+    if (output.shape, output.dtype) != (expected.shape, expected.dtype):
+        print("FAIL: {} is {}, expected {}".format(name, describe(output), describe(expected)))
         return False
-    error, limit = largest_error(array, expected)
-    passed = bool(error <= limit)
+    error, limit = largest_error(output.values(), expected.values())
+    passed = error <= limit
     verdict = "PASS" if passed else "FAIL"
     print("{}: {}: largest error {:.3g}, at most {:.3g} allowed".format(verdict, name, error, limit))
     return passed
 
 
-def largest_error(array: Any, expected: Any) -> Any:
+def largest_error(values: List[Any], expected: List[Any]) -> Tuple[float, float]:
     """The largest difference, and the limit for it. NaN and infinity must be where they are expected."""
-    array, expected = array.astype(numpy.float64), expected.astype(numpy.float64)
-    finite = numpy.isfinite(expected)
-    same = (array == expected) | (numpy.isnan(array) & numpy.isnan(expected))
-    if not numpy.array_equal(finite, numpy.isfinite(array)) or not same[~finite].all():
-        return float("inf"), 0.0
-    if not finite.any():
-        return 0.0, 0.0
-    error = numpy.abs(array[finite] - expected[finite]).max()
-    return float(error), float(TOLERANCE * numpy.abs(expected[finite]).max())
+    pairs = list(zip(values, expected))
+    if any(
+        value != wanted
+        for value, wanted in pairs
+        if not is_finite(value, wanted) and not is_nan(value, wanted)
+    ):
+        return math.inf, 0.0
+    finite = [pair for pair in pairs if is_finite(*pair)]
+    error = max((abs(value - wanted) for value, wanted in finite), default=0.0)
+    return error, TOLERANCE * max((abs(wanted) for _, wanted in finite), default=0.0)
 
 
-def benchmark(session: Any, inputs: Dict[str, Any], runs: int) -> None:
+def is_finite(*values: Any) -> bool:
+    return all(map(math.isfinite, values))
+
+
+def is_nan(*values: Any) -> bool:
+    return all(map(math.isnan, values))
+
+
+def benchmark(session: Any, inputs: Any, runs: int) -> None:
     """Times single runs, after some that are not counted."""
-    times_ms = []
+    query, times_ms = session.query(inputs), []
     for number in range(WARMUP_RUNS + runs):
         started = time.perf_counter()
-        session.run(None, inputs)
+        query()
         if number >= WARMUP_RUNS:
             times_ms.append((time.perf_counter() - started) * 1e3)
-    p50, p90 = numpy.percentile(times_ms, [50, 90])
+    p50, p90 = (sorted(times_ms)[math.ceil(share * runs) - 1] for share in (0.5, 0.9))
     print("latency of {} runs: p50 {:.4f} ms, p90 {:.4f} ms".format(runs, p50, p90))
 
 
@@ -201,17 +173,17 @@ def parse(arguments: Optional[List[str]]) -> argparse.Namespace:
 
 def main(arguments: Optional[List[str]] = None) -> int:
     asked = parse(arguments)
-    passport = read_passport()
-    check_passport(passport)
-    session = load_engine(passport["load_options"])
-    inputs = inputs_of(session, read_arrays(asked.input))
-    outputs = infer(session, inputs)
+    found = read_passport()
+    check_passport(found)
+    with opened(found) as session:
+        inputs = session.inputs_of(npz.read(asked.input))
+        outputs = infer(session, inputs)
+        if asked.benchmark:
+            benchmark(session, inputs, asked.benchmark)
     if asked.save:
         save(outputs, asked.save)
-    if asked.benchmark:
-        benchmark(session, inputs, asked.benchmark)
     if asked.check:
-        return 0 if check(outputs, read_arrays(path_of("expected_output.npz"))) else 1
+        return 0 if check(outputs, npz.read(path_of("expected_output.npz"))) else 1
     if not asked.save and not asked.benchmark:
         show(outputs)
     return 0
@@ -220,6 +192,6 @@ def main(arguments: Optional[List[str]] = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except Refused as refusal:
+    except DeviceError as refusal:
         sys.stderr.write("{}\n".format(refusal))
         sys.exit(REFUSED)

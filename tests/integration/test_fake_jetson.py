@@ -3,6 +3,8 @@
 Everything that these targets say was made up; nothing here shows that TensorRT builds or runs a network.
 """
 
+import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from jetway.configs.schema import BenchmarkConfig, BuildConfig, Target, TensorRt
 from jetway.tasks.artifacts import OnnxModel
 from jetway.tasks.benchmark import benchmark_engines
 from jetway.tasks.build import build_engine
-from jetway.tasks.errors import ArtifactError, TargetMismatchError
+from jetway.tasks.errors import ArtifactError, RemoteCommandError, TargetMismatchError
+from jetway.tasks.package import package_winner, run_script, unpacked
 from jetway.tasks.stage import StageContext
 from jetway.tasks.store import Store
 from jetway.tasks.target.session import open_target
@@ -97,9 +100,10 @@ def test_each_board_builds_what_it_can(on_jetsons, jetway_here, switch_on, cli_h
         assert passport["simulated"]
         assert passport["flags"] == FLAGS.get(key, [])
         assert passport["platform"]["engine_version"] == switch_on(key[0]).machine.tensorrt
-    # The one Python with ONNX Runtime, on which the double can compute.
     tracker = Tracker(f"sqlite:///{cli_home / 'mlflow.db'}")
     record = tracker.run(run.json["run_id"])
+    assert {f"package.{name}" for name in (XAVIER, ORIN, SERVER)} <= set(record.tags)
+    # The one Python with ONNX Runtime, on which the double can compute.
     host = record.metrics["load.top1"]
     assert rows[SERVER, "baseline-fp32"]["metrics"]["top1"] == pytest.approx(host, abs=1e-9)
     assert all(one.name.endswith("(simulated)") for one in (record, *tracker.children(record.run_id)))
@@ -184,6 +188,7 @@ class Images(Workload):
     """What the small networks of the doubles take."""
 
     output_names = ("logits",)
+    labels = tuple(f"digit {number}" for number in range(10))
 
     def network(self):
         return torch.nn.Flatten()
@@ -225,6 +230,40 @@ def measure(context, jetson, engine):
     config = BenchmarkConfig(min_duration_s=0.05, min_queries=10, telemetry=False)
     with open_target(Target.model_validate(jetson.target_values())) as session:
         return benchmark_engines(context, session, {"baseline-fp32": engine}, config)
+
+
+@pytest.mark.parametrize("name", [NANO, ORIN, SERVER])
+def test_a_tensorrt_engine_is_packaged_and_runs_from_the_package(context, build_on, switch_on, name):
+    """On each board's own Python, which has no numpy."""
+    engine, jetson = build_on(name), switch_on(name)
+    onnx = OnnxModel(sha256=engine.parents[0], size_bytes=0)
+    with open_target(Target.model_validate(jetson.target_values())) as session:
+        package = package_winner(context, session, engine, onnx, variant="baseline-fp32").handle
+        archive = context.store.open(package)
+        with unpacked(session, archive) as folder:
+            shown = run_script(session, folder, "infer.py").text
+            assert "logits float32[1, 10]:" in shown
+            assert "label: digit" in shown
+            assert "latency of 3 runs" in run_script(session, folder, "benchmark.sh", "3").text
+            spoil = ["sh", "-c", 'echo 1 >> "$1/model.engine"', "sh", folder]
+            session.connection.run(spoil, timeout_s=10)
+            with pytest.raises(RemoteCommandError, match=r"exit status 2: model\.engine is corrupt"):
+                run_script(session, folder, "infer.py", "--check")
+    with zipfile.ZipFile(archive) as files:
+        readme = files.read("README.md").decode()
+        assert f"by TensorRT {jetson.machine.tensorrt}" in readme
+        passport = json.loads(files.read("passport.json"))
+    assert passport["platform"]["double"]
+
+
+def test_a_package_of_another_board_is_refused(context, build_on, switch_on):
+    engine = build_on(XAVIER)
+    onnx = OnnxModel(sha256=engine.parents[0], size_bytes=0)
+    with (
+        open_target(Target.model_validate(switch_on(ORIN).target_values())) as session,
+        pytest.raises(RemoteCommandError, match=r"engine_version is 10\.3\.0 here and was 8\.5\.2\.2 there"),
+    ):
+        package_winner(context, session, engine, onnx)
 
 
 def test_a_corrupt_engine_is_not_loaded(context, build_on, switch_on):

@@ -23,7 +23,7 @@ from jetway.tasks.target.session import open_target
 from jetway.tasks.workload import Workload
 
 FILES = {
-    "model.engine", "passport.json", "model.onnx", "labels.txt", "infer.py", "benchmark.sh",
+    "model.engine", "passport.json", "model.onnx", "labels.txt", "infer.py", "benchmark.sh", "runtime.zip",
     "sample_input.npz", "expected_output.npz", "README.md",
 }  # fmt: skip
 
@@ -122,13 +122,18 @@ def unpacked(context, package, tmp_path):
 
 
 def infer(folder, *arguments):
-    """In isolation, from elsewhere, and with no way to import Jetway."""
-    blocked = "import sys, runpy; sys.modules['jetway'] = None; sys.argv = sys.argv[1:]; "
-    code = blocked + "runpy.run_path(sys.argv[0], run_name='__main__')"
-    return subprocess.run(
-        [sys.executable, "-I", "-c", code, str(folder / "infer.py"), *arguments],
+    """In isolation, from elsewhere, and with no other Jetway than what the package holds."""
+    check = "assert all(folder in m.__file__ for n, m in sys.modules.items() if n.startswith('jetway'))"
+    code = (
+        "import sys, runpy, atexit; sys.argv = sys.argv[1:]; folder = sys.argv.pop(0); "
+        f"atexit.register(lambda: exec({check!r})); runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(folder), str(folder / "infer.py"), *arguments],
         capture_output=True, text=True, encoding="utf-8", timeout=60, cwd="/", env={"PYTHONUTF8": "1"},
     )  # fmt: skip
+    assert "AssertionError" not in done.stderr
+    return done
 
 
 def remote_folders(session):
@@ -188,7 +193,7 @@ def test_what_is_not_as_the_passport_says_is_refused(context, session, package, 
     (unpacked / "passport.json").write_text(json.dumps(passport))
     refused = infer(unpacked)
     assert refused.returncode == 2
-    assert "onnxruntime==1.0.0" in refused.stderr
+    assert "and was 1.0.0 there" in refused.stderr
 
     with zipfile.ZipFile(context.store.open(package)) as archive:
         archive.extract("passport.json", unpacked)

@@ -44,7 +44,7 @@ def layer_of(module):
     parts = module.split(".")[1:]
     if parts[0] == "flows":
         return 5
-    if parts[:2] == ["tasks", "on_device"]:
+    if parts[:2] in (["tasks", "on_device"], ["tasks", "package_files"]):
         return 0
     if parts[0] == "configs" or parts[:2] == ["tasks", "errors"]:
         return 1
