@@ -77,6 +77,12 @@ class TrainingSection(StageSection):
     patience: int | None = Field(
         default=None, ge=1, description="Stop after this many epochs without a better primary metric."
     )
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Evaluate and keep a moving average of the weights over steps, such as 0.999; none by default.",
+    )
     processes: int = Field(
         default=1,
         ge=1,
@@ -135,6 +141,15 @@ class DepthConfig(Section):
         return self
 
 
+class SlimmingConfig(TrainingSection):
+    """Training that drives BatchNorm scales to zero before channels are ranked: network slimming."""
+
+    epochs: int = Field(default=5, ge=1, le=10_000, description="Passes over the training data.")
+    strength: float = Field(
+        default=1e-4, gt=0, description="Weight of the sum of the scales' magnitudes in the loss."
+    )
+
+
 class PruneConfig(StageSection):
     importance: Importance = Field(default=Importance.L2, description="Score that decides which channels go.")
     scope: Literal["local", "global"] = Field(
@@ -180,6 +195,11 @@ class PruneConfig(StageSection):
         description="Batches of 64 training samples whose gradients taylor and hessian take; hessian costs a "
         "backward pass a sample.",
     )
+    slimming: SlimmingConfig | None = Field(
+        default=None,
+        description="Train towards sparse BatchNorm scales first, best with importance: bn_scale; its last epoch "
+        "is what is pruned.",
+    )
     depth: DepthConfig | None = Field(
         default=None, description="Blocks that are left out, before channels are pruned."
     )
@@ -190,6 +210,13 @@ class DistillationConfig(Section):
         default=0.5, ge=0, le=1, description="Share of the loss that follows the baseline's outputs."
     )
     temperature: float = Field(default=2.0, gt=0, description="Softens both sides' logits.")
+    features: tuple[str, ...] = Field(
+        default=(),
+        description="Modules whose outputs follow the baseline's too, by glob; channels may be fewer.",
+    )
+    feature_weight: float = Field(
+        default=1.0, ge=0, description="Weight of the features' distance beside that of the outputs."
+    )
 
 
 class FinetuneConfig(TrainingSection):
@@ -222,6 +249,11 @@ class QatConfig(TrainingSection):
     )
     distillation: DistillationConfig | None = Field(
         default=None, description="Learn from the baseline's outputs too."
+    )
+    freeze_batchnorm: bool = Field(
+        default=False,
+        description="Keep the statistics of BatchNorm as the float network had them, instead of following QAT's "
+        "batches; its scale and shift are trained all the same.",
     )
 
 

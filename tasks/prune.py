@@ -39,10 +39,12 @@ from jetway.tasks.importance import rank_candidates
 from jetway.tasks.macs import count_macs, count_params, total_macs
 from jetway.tasks.stage import StageContext, run_stage
 from jetway.tasks.structure import Structure, describe_structure
-from jetway.tasks.training import evaluate, train
+from jetway.tasks.training import batchnorm_scales, evaluate, train
 from jetway.tasks.workload import Outputs
 
 logger = logging.getLogger("jetway")
+
+_SPARSE_BELOW = 0.01
 
 # Halvings of the ratio when a target is searched: the one found is within 0.001 of the smallest.
 _SEARCH_STEPS = 10
@@ -67,6 +69,7 @@ def prune_network(
     cut, or the target cannot be reached.
     """
     pruner = _Pruner(context, load_network(context.workload, baseline, context.store), config)
+    pruner.slim()
     pruner.prune_depth()
     for step in range(1, config.iterative_steps + 1) if pruner.prunes_channels else ():
         context.progress("prune", step - 1, config.iterative_steps, f"step {step}/{config.iterative_steps}")
@@ -141,6 +144,7 @@ class _Pruner:
         self.before = count_macs(network, self.inputs)
         self.baseline = copy.deepcopy(network)
         self.structure: Structure = describe_structure(context.workload.network(), network)
+        self.slimming: dict[str, Any] = {}
         self.rounds: list[Round] = []
         self.initial: dict[str, int] = {}
         self.initial_heads: dict[str, int] = {}
@@ -169,6 +173,16 @@ class _Pruner:
         if ratio is None:
             return {}
         return {attention.projections[0]: ratio for attention in find_attention(self.network)}
+
+    def slim(self) -> None:
+        """Trains towards sparse BatchNorm scales (Liu et al. 2017), and remembers how sparse they became."""
+        section = self.config.slimming
+        if section is None:
+            return
+        before = _sparse_share(self.network)
+        data = self.workload.train_data()
+        result = train(self.network, self.workload, section, context=self.context, data=data, stage="prune")
+        self.slimming = {"sparse_scales_ratio": [before, _sparse_share(self.network)], **result.to_json()}
 
     def prune_depth(self) -> None:
         if self.config.depth:
@@ -337,10 +351,17 @@ def _report(pruner: _Pruner, metrics: dict[str, float]) -> dict[str, Any]:
         "schema_version": 1,
         "ratios": pruner.ratios_used,
         "metrics": metrics,
+        "slimming": pruner.slimming,
         "depth": [asdict(each) for each in pruner.rounds],
         "attention": _attention_rows(pruner),
         "modules": rows,
     }
+
+
+def _sparse_share(network: nn.Module) -> float:
+    """Share of BatchNorm scales below a hundredth of the largest."""
+    scales = batchnorm_scales(network).detach().abs()
+    return float((scales < _SPARSE_BELOW * scales.max()).float().mean())
 
 
 def _attention_rows(pruner: _Pruner) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import pickle
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset
 
@@ -32,16 +33,19 @@ from jetway.configs.schema import (
     OptimizerName,
     QatConfig,
     ScheduleName,
+    SlimmingConfig,
     TrainConfig,
     TrainingSection,
 )
 from jetway.tasks.artifacts import json_sha256
 from jetway.tasks.errors import ConfigError, JetwayError, TrainingError, WorkloadError
+from jetway.tasks.features import Features, feature_loss, feature_names
 from jetway.tasks.metrics import Metric
 from jetway.tasks.ranks import Ranks, current_ranks
 from jetway.tasks.stage import StageContext, seed_everything, stage_seed
 from jetway.tasks.structure import Structure
 from jetway.tasks.torchrun import Training, train_with_torchrun
+from jetway.tasks.weight_average import WeightAverage
 from jetway.tasks.workload import Inputs, Outputs, Sample, Workload, call_network, evaluate_network
 
 logger = logging.getLogger("jetway")
@@ -97,9 +101,9 @@ def train(
     """Trains ``network`` in place and leaves it in eval mode, on the CPU, with its best weights.
 
     Best is by the workload's primary metric on its evaluation data, after each epoch and before the first,
-    so training never hands on less than it was given. With ``distillation`` in the section, ``teacher``'s
-    outputs are followed too. State is kept under ``context.work_dir`` after every epoch, and the same call
-    after a kill goes on from there.
+    so training never hands on less than it was given; slimming hands on its last epoch, the sparsest. With
+    ``distillation`` in the section, ``teacher``'s outputs are followed too. State is kept under
+    ``context.work_dir`` after every epoch, and the same call after a kill goes on from there.
 
     With ``section.processes`` above 1 the work is done by that many processes under torchrun; they learn a
     quantized network's ``structure`` from the caller, as it cannot be read off such a network.
@@ -175,6 +179,16 @@ def evaluate(workload: Workload, network: nn.Module, *, device: str = "cpu") -> 
     return {name: float(value) for name, value in metrics.items()}
 
 
+def batchnorm_scales(network: nn.Module) -> Tensor:
+    """All scales of the network's BatchNorm layers, in one row. Raises ConfigError when there are none."""
+    scales: list[Tensor] = [norm.weight for norm in _batchnorms(network) if norm.affine]
+    if not scales:
+        raise ConfigError(
+            "prune.slimming: the network has no BatchNorm with scales to make sparse. Leave prune.slimming out."
+        )
+    return torch.cat(scales)
+
+
 def is_better(metric: Metric, value: float, than: float) -> bool:
     return value > than if metric.higher_is_better else value < than
 
@@ -223,6 +237,8 @@ class _Trainer:
         self.steps = _steps_an_epoch(workload, self.count, section.batch_size, self.ranks.count)
         self.joined = self.ranks.joined(network.to(context.device))
         self.optimizer = _optimizer(network, section)
+        self.average = WeightAverage(network, section.ema_decay) if section.ema_decay else None
+        self.features = self._watch_features()
         self.history: list[Epoch] = []
         self.best_epoch = 0
         self.best_weights: dict[str, Tensor] = {}
@@ -231,10 +247,14 @@ class _Trainer:
         """Takes up the state of a killed run of the same training, or evaluates the network as it came."""
         state = _read_state(self.state_path)
         if state is None:
-            self._finish_epoch(Epoch(0, None, self._evaluate(), 0.0, 0.0))
+            epoch = Epoch(0, None, self._evaluate(), 0.0, 0.0)
+            self._keep_if_best(epoch)
+            self._finish_epoch(epoch)
             return
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.restore(state["average"])
         self.history = [Epoch(**line) for line in state["history"]]
         self.best_epoch, self.best_weights = state["best_epoch"], state["best_weights"]
         logger.info("%s: resumed after epoch %d", self.stage, self.epoch)
@@ -252,14 +272,19 @@ class _Trainer:
         number = self.epoch + 1
         seed_everything(stage_seed(self.context.seed, f"{self.stage}:{number}"))
         self.joined.train()
+        if isinstance(self.section, QatConfig) and self.section.freeze_batchnorm:
+            for norm in _batchnorms(self.network):
+                norm.eval()
         with users_code(self.workload, f"epoch {number}"):
             losses = [self._step(number, step, batch) for step, batch in enumerate(self._batches(number))]
         rate = self.optimizer.param_groups[0]["lr"]
         self.ranks.share_buffers(self.network)
-        metrics = self._evaluate()
         losses = self.ranks.gather(losses)
         loss = math.fsum(losses) / len(losses)
-        epoch = Epoch(number, loss, metrics, rate, time.monotonic() - started)
+        with self._averaged():
+            metrics = self._evaluate()
+            epoch = Epoch(number, loss, metrics, rate, time.monotonic() - started)
+            self._keep_if_best(epoch)
         self._finish_epoch(epoch)
         self._show(number, self.steps, f"loss {loss:.4f}, {self._best_text()}")
         return epoch
@@ -269,6 +294,8 @@ class _Trainer:
         self.network.to("cpu").eval()
         if self.teacher is not None:
             self.teacher.to("cpu")
+        for watched in self.features or ():
+            watched.close()
         return TrainResult(tuple(self.history), self.best_epoch, self.epoch < self.section.epochs)
 
     def _batches(self, epoch: int) -> Iterator[tuple[Inputs, Any]]:
@@ -299,6 +326,8 @@ class _Trainer:
         if self.section.gradient_clip_norm is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.section.gradient_clip_norm)
         self.optimizer.step()
+        if self.average:
+            self.average.update()
         self._show(epoch, step + 1, f"loss {value:.4f}")
         return value
 
@@ -312,12 +341,27 @@ class _Trainer:
     def _loss(self, inputs: Inputs, target: Any) -> Tensor:
         outputs = self._call(self.joined, inputs)
         loss = self.workload.loss(outputs, target)
+        if isinstance(self.section, SlimmingConfig):
+            return loss + self.section.strength * batchnorm_scales(self.network).abs().sum()
         if self.teacher is None or self.distillation is None:
             return loss
         with torch.no_grad():
             taught = self._call(self.teacher, inputs)
-        share = self.distillation.weight
-        return (1 - share) * loss + share * distillation_loss(outputs, taught, self.distillation.temperature)
+        share, followed = (
+            self.distillation.weight,
+            distillation_loss(outputs, taught, self.distillation.temperature),
+        )
+        if self.features:
+            student, teacher = self.features
+            followed = followed + self.distillation.feature_weight * feature_loss(student.seen, teacher.seen)
+        return (1 - share) * loss + share * followed
+
+    def _watch_features(self) -> tuple[Features, Features] | None:
+        """What student and teacher return inside, when distillation asks for it."""
+        if self.teacher is None or self.distillation is None or not self.distillation.features:
+            return None
+        names = feature_names(self.distillation.features, self.teacher, self.network)
+        return Features(self.network, names), Features(self.teacher, names)
 
     def _call(self, network: nn.Module, inputs: Inputs) -> Outputs:
         mixed = self.section.mixed_precision and self.context.device == "cuda"
@@ -328,17 +372,24 @@ class _Trainer:
     def _evaluate(self) -> dict[str, float]:
         return evaluate(self.workload, self.network, device=self.context.device)
 
-    def _finish_epoch(self, epoch: Epoch) -> None:
-        self.history.append(epoch)
+    def _averaged(self) -> AbstractContextManager[None]:
+        return self.average.applied() if self.average else nullcontext()
+
+    def _keep_if_best(self, epoch: Epoch) -> None:
         if epoch.epoch == 0 or self._is_as_good(epoch):
             self.best_epoch = epoch.epoch
             self.best_weights = {name: t.detach().clone() for name, t in self.network.state_dict().items()}
+
+    def _finish_epoch(self, epoch: Epoch) -> None:
+        self.history.append(epoch)
         if self.ranks.is_first:
             _write_state(self.state_path, self._state())
         self.ranks.wait()
 
     def _is_as_good(self, epoch: Epoch) -> bool:
         """Of equal epochs the later one counts: its loss is lower, and what was trained shows."""
+        if isinstance(self.section, SlimmingConfig):
+            return True
         metric = self.workload.primary_metric
         best = self.history[self.best_epoch].metrics[metric.name]
         return not is_better(metric, best, epoch.metrics[metric.name])
@@ -350,6 +401,7 @@ class _Trainer:
             "history": [asdict(epoch) for epoch in self.history],
             "best_epoch": self.best_epoch,
             "best_weights": self.best_weights,
+            "average": self.average.state() if self.average else None,
         }
 
     def _out_of_patience(self) -> bool:
@@ -412,8 +464,17 @@ def _distillation(section: TrainingSection, teacher: nn.Module | None) -> Distil
     return wanted
 
 
+def _batchnorms(network: nn.Module) -> list[_BatchNorm]:
+    return [module for module in network.modules() if isinstance(module, _BatchNorm)]
+
+
 def _section_key(section: TrainingSection) -> str:
-    keys = {TrainConfig: "train", FinetuneConfig: "finetune", QatConfig: "qat"}
+    keys = {
+        TrainConfig: "train",
+        FinetuneConfig: "finetune",
+        QatConfig: "qat",
+        SlimmingConfig: "prune.slimming",
+    }
     return next((key for kind, key in keys.items() if isinstance(section, kind)), "train")
 
 

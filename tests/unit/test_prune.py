@@ -362,6 +362,15 @@ def test_hessian_importance_sums_the_squared_gradient_of_every_sample(start):
         assert torch.allclose(parameter.grad, expected[name], rtol=1e-4, atol=1e-9), name
 
 
+def test_slimming_comes_before_the_cut_and_is_reported(start):
+    context, baseline = start("Residual")
+    slimming = {"epochs": 2, "batch_size": 16, "learning_rate": 5e-2, "strength": 0.1}
+    output = pruned(context, baseline, slimming=slimming, importance="bn_scale", round_to=1)
+    told = context.store.load_json(output.files["pruning.json"])["slimming"]
+    assert told["best_epoch"] == 2
+    assert len(told["sparse_scales_ratio"]) == 2
+
+
 def test_steps_finetune_in_between_and_end_where_one_step_does(start):
     context, baseline = start("Residual")
     whole = pruned(context, baseline, iterative_steps=1)

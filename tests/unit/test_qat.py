@@ -104,6 +104,16 @@ def test_train_qat_follows_a_teacher_only_with_distillation(ctx):
         train_qat(ctx, start, taught_config, None)
 
 
+def test_frozen_batchnorm_keeps_its_statistics_and_trains_its_scale(ctx):
+    start = quantize_ptq(ctx, checkpoint_of(ctx), QatConfig()).handle
+    before = load_quantized_network(ctx.workload, start, ctx.store)[1]
+    for frozen in (True, False):
+        config = QatConfig(epochs=2, learning_rate=1e-2, freeze_batchnorm=frozen)
+        after = load_quantized_network(ctx.workload, train_qat(ctx, start, config, None).handle, ctx.store)[1]
+        assert torch.equal(before.running_mean, after.running_mean) is frozen
+        assert not torch.equal(before.weight, after.weight)
+
+
 def test_calibration_section_ignores_what_only_training_uses():
     one, other = QatConfig(epochs=1, learning_rate=1e-3), QatConfig(epochs=7, batch_size=5)
     assert calibration_section(one) == calibration_section(other)

@@ -8,13 +8,16 @@ from jetway.configs.schema import (
     OptimizerName,
     QatConfig,
     ScheduleName,
+    SlimmingConfig,
     TrainConfig,
 )
 from jetway.tasks.errors import ConfigError, TrainingError, WorkloadError
+from jetway.tasks.features import Features, feature_loss, feature_names
 from jetway.tasks.metrics import Metric
 from jetway.tasks.stage import StageContext
 from jetway.tasks.store import Store
-from jetway.tasks.training import distillation_loss, evaluate, learning_rate_at, train
+from jetway.tasks.training import batchnorm_scales, distillation_loss, evaluate, learning_rate_at, train
+from jetway.tasks.weight_average import WeightAverage
 
 
 @pytest.fixture
@@ -248,6 +251,99 @@ def test_distillation_loss_of_other_outputs_is_their_squared_error():
     outputs = {"scores": torch.zeros(2, 3), "boxes": torch.zeros(2, 4, 5), "count": torch.tensor([1, 2])}
     taught = {"scores": torch.zeros(2, 3), "boxes": torch.full((2, 4, 5), 3.0), "count": torch.tensor([1, 2])}
     assert float(distillation_loss(outputs, taught, 1.0)) == pytest.approx(9 / 2)
+
+
+def test_the_moving_average_is_what_is_evaluated_and_kept(run, workload):
+    plain, _ = run(settings(optimizer="sgd", schedule="constant", learning_rate=0.05))
+    network, result = run(settings(optimizer="sgd", schedule="constant", learning_rate=0.05, ema_decay=0.9))
+    assert evaluate(workload, network) == result.metrics
+    assert not same_weights(plain, network)
+
+
+def test_the_moving_average_forgets_by_its_decay():
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    average, expected = WeightAverage(network, 0.5), 0.0
+    for step in range(20):
+        with torch.no_grad():
+            network.weight.fill_(float(step))
+        average.update()
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    with average.applied():
+        assert network.weight.item() == pytest.approx(expected, rel=1e-5)
+    assert network.weight.item() == 19.0
+
+
+def test_a_stopped_run_with_a_moving_average_resumes_to_the_same_network(run):
+    section = settings(epochs=4, ema_decay=0.9)
+    whole, _ = run(section)
+
+    def stop(epoch):
+        if epoch.epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(section, folder="stopped", on_epoch=stop)
+    assert same_weights(whole, run(section, folder="stopped")[0])
+
+
+def test_slimming_makes_scales_smaller_and_keeps_the_last_epoch(run):
+    common = {"epochs": 3, "batch_size": 16, "learning_rate": 1e-2, "schedule": "constant"}
+    plain, _ = run(FinetuneConfig(**common))
+    slim, result = run(SlimmingConfig(**common, strength=0.05))
+    assert result.best_epoch == 3
+    assert float(batchnorm_scales(slim).abs().sum()) < 0.9 * float(batchnorm_scales(plain).abs().sum())
+
+
+def test_slimming_needs_batchnorm():
+    with pytest.raises(ConfigError, match=r"prune\.slimming: the network has no BatchNorm"):
+        batchnorm_scales(nn.Linear(2, 2))
+
+
+def test_features_follow_the_teacher_and_leave_no_hooks(run, workload):
+    torch.manual_seed(1)
+    teacher = workload.network()
+    # equally good epochs: the last one is kept
+    workload.summarize = lambda records: {"top1": 0.5}
+    weights = {"weight": 1.0, "feature_weight": 100.0}
+    features = {"features": ("expand", "depth*")}
+    common = {"epochs": 4, "learning_rate": 1e-2}
+    plain, _ = run(settings(**common, distillation=DistillationConfig(weight=1.0)), teacher=teacher)
+    taught, _ = run(
+        settings(**common, distillation=DistillationConfig(**weights, **features)), teacher=teacher
+    )
+    x = workload.train_data().inputs
+    names = feature_names(features["features"], teacher, plain)
+    assert names[0] == "expand"
+    assert "depthwise.1" in names
+
+    def distance(student):
+        watched = [Features(network.eval(), names) for network in (student, teacher)]
+        with torch.no_grad():
+            student(x), teacher(x)
+        for each in watched:
+            each.close()
+        return float(feature_loss(watched[0].seen, watched[1].seen))
+
+    assert not any(module._forward_hooks for module in (*taught.modules(), *teacher.modules()))
+    assert distance(taught) < 0.9 * distance(plain)
+
+
+def test_feature_loss_compares_maps_where_channels_are_fewer():
+    taught = torch.randn(2, 6, 4, 4)
+    assert float(feature_loss({"a": taught}, {"a": taught})) == 0.0
+    same_energy = taught.square().mean(1, keepdim=True).sqrt().expand(2, 3, 4, 4)
+    assert float(feature_loss({"a": same_energy}, {"a": taught})) == pytest.approx(0.0, abs=1e-6)
+    assert float(feature_loss({"a": same_energy.flip(2)}, {"a": taught})) > 0.01
+    with pytest.raises(ConfigError, match=r"'a' returns \(2, 6\) where the baseline's returns \(2, 8\)"):
+        feature_loss({"a": torch.randn(2, 6)}, {"a": torch.randn(2, 8)})
+
+
+def test_features_that_match_nothing_name_the_nearest(workload):
+    network = workload.network()
+    with pytest.raises(ConfigError, match=r"distillation\.features: 'expnd' .*Nearest: expand"):
+        feature_names(["expnd"], network, network)
 
 
 def test_schedules_start_peak_and_end_where_they_should():
