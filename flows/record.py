@@ -16,7 +16,7 @@ from jetway.tasks.int8_report import int8_reports, report_markdown
 from jetway.tasks.layer_table import layers_csv
 from jetway.tasks.measurement import BenchmarkResult, Evaluation
 from jetway.tasks.metrics import Metric
-from jetway.tasks.passes import dla_layers_ratio, read_series
+from jetway.tasks.passes import dla_layers_ratio, provider_notes, read_series
 from jetway.tasks.results import VariantResult, Verdict, drop_name, load_rows
 from jetway.tasks.stage import stage_seed
 from jetway.tasks.statistics import paired_drop
@@ -104,7 +104,7 @@ def make_row(
         },
         intervals={**spans, **drop_intervals(run, baseline, records_of(run, evaluation))},
         validity=session.validity,
-        notes=session.notes(variant.name),
+        notes=(*provider_notes(engine.metadata), *session.notes(variant.name)),
     )
 
 

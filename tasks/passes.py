@@ -120,6 +120,19 @@ def dla_layers_ratio(passport: Mapping[str, Any]) -> float | None:
     return float(sum(entry["device"] == "DLA" for entry in placement) / len(placement))
 
 
+def provider_notes(passport: Mapping[str, Any]) -> list[str]:
+    """What of an ONNX Runtime engine ran on another provider than the one that was asked for."""
+    placement = passport.get("placement")
+    if not isinstance(placement, dict):
+        return []
+    first, total = passport["load_options"]["providers"][0], sum(placement.values())
+    return [
+        f"{count} of {total} kernels ran on {name}, not on {first}"
+        for name, count in sorted(placement.items())
+        if name != first
+    ]
+
+
 def trtexec_ratio(in_flight: InFlight | None, trtexec: Mapping[str, Any]) -> float | None:
     """Our median of the GPU's compute over trtexec's; None where one of them was not measured."""
     theirs: float | None = (trtexec.get("gpu_compute_ms") or {}).get("median")

@@ -9,7 +9,7 @@ import json
 import mmap
 import os
 import struct
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 from jetway.tasks.on_device import outputs
 from jetway.tasks.on_device.errors import BAD_REQUEST, DeviceError
@@ -182,6 +182,19 @@ def _tensor(name: str, entry: Dict[str, Any], mapped: memoryview, path: str) -> 
             BAD_REQUEST,
         )
     return Tensor(entry["dtype"], entry["shape"], mapped[first:last])
+
+
+def picked(names: Iterable[str], given: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """The tensors of an engine's inputs. Raises DeviceError (bad_request) where one is missing."""
+    wanted = list(names)
+    missing = sorted(set(wanted) - set(given))
+    if missing:
+        raise DeviceError(
+            "The engine takes the inputs {}, and {} were not given. Name them in the workload's "
+            "example_inputs.".format(sorted(wanted), missing),
+            BAD_REQUEST,
+        )
+    return {name: given[name] for name in wanted}
 
 
 class TensorWriter:

@@ -294,6 +294,9 @@ class GpuRuntime:
     def get_providers(self):
         return self.started
 
+    def disable_fallback(self):
+        pass
+
 
 @pytest.fixture
 def gpu_runtime(monkeypatch):
@@ -316,6 +319,29 @@ def test_a_provider_that_onnxruntime_could_not_start_is_an_error(gpu_runtime):
     with pytest.raises(DeviceError, match="could not start its CUDAExecutionProvider") as caught:
         onnxruntime_engine._open("model", None, options)
     assert caught.value.kind == "mismatch"
+
+
+def test_a_provider_that_fails_later_is_an_error_and_no_fallback(workplace, networks):
+    """The true session, whose inner one is made to fail as a provider does."""
+    from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
+
+    class Failing:
+        def __init__(self, session):
+            self.session = session
+
+        def __getattr__(self, name):
+            return getattr(self.session, name)
+
+        def run(self, *arguments):
+            raise EPFail("the GPU is gone")
+
+    options = load_options({"threads": 1})
+    session = onnxruntime_engine._open(
+        str(networks["conv"]), onnxruntime_engine._native_options(options), options
+    )
+    session._sess = Failing(session._sess)
+    with pytest.raises(EPFail, match="the GPU is gone"):
+        session.run(None, {"image": np.zeros((1, 1, 24, 24), np.float32)})
 
 
 def test_the_tensorrt_provider_keeps_what_it_compiles_beside_the_engine(gpu_runtime, workplace, networks):

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jetway.tasks.passes import InFlight, Power, PowerPass, dla_layers_ratio, read_series, trtexec_ratio
+from jetway.tasks.passes import (
+    InFlight,
+    Power,
+    PowerPass,
+    dla_layers_ratio,
+    provider_notes,
+    read_series,
+    trtexec_ratio,
+)
 from jetway.tasks.results import MEASURED_METRICS, TIMING_PREFIXES
 
 SUMMARY = {"min": 0.8, "max": 2.0, "mean": 1.1, "median": 1.0, "p90": 1.2, "p95": 1.4, "p99": 1.8}
@@ -105,6 +113,16 @@ def test_dla_share_counts_layers():
     assert dla_layers_ratio({}) is None
     # ONNX Runtime's counts operators by provider.
     assert dla_layers_ratio({"placement": {"CPUExecutionProvider": 12}}) is None
+
+
+def test_kernels_on_another_provider_than_asked_for_are_told():
+    asked = {"load_options": {"providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]}}
+    mixed = {"placement": {"CUDAExecutionProvider": 9, "CPUExecutionProvider": 3}}
+    assert provider_notes(asked | mixed) == [
+        "3 of 12 kernels ran on CPUExecutionProvider, not on CUDAExecutionProvider"
+    ]
+    assert provider_notes(asked | {"placement": {"CUDAExecutionProvider": 9}}) == []
+    assert provider_notes({"placement": [{"device": "DLA"}]}) == provider_notes({}) == []
 
 
 @pytest.mark.parametrize(("samples", "shown"), [(1000, 200), (150, 150), (1, 1), (0, 0)])

@@ -57,14 +57,7 @@ class Session:
 
     def inputs_of(self, given: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """The tensors that the engine takes."""
-        missing = sorted(set(self.input_shapes) - set(given))
-        if missing:
-            raise DeviceError(
-                "The engine takes the inputs {}, and {} were not given. Name them in the workload's "
-                "example_inputs.".format(sorted(self.input_shapes), missing),
-                errors.BAD_REQUEST,
-            )
-        return {name: given[name] for name in self.input_shapes}
+        return tensors.picked(self.input_shapes, given)
 
     def run(self, inputs: Dict[str, Tensor]) -> List[Tensor]:
         """Outputs in the order of ``output_names``."""
