@@ -27,7 +27,14 @@ from jetway.tasks.lowering.placement import (
     unit_costs,
 )
 from jetway.tasks.lowering.ranges import Affine, between, non_negative, observe_ranges, symmetric
-from jetway.tasks.lowering.units import COMPUTE, FloatForm, Unit, find_units, to_float_form
+from jetway.tasks.lowering.units import (
+    COMPUTE,
+    FloatForm,
+    Unit,
+    averages_all_taps,
+    find_units,
+    to_float_form,
+)
 from jetway.tasks.onnx_graph import (
     MS_DOMAIN,
     Array,
@@ -78,7 +85,7 @@ def lower_for_onnxruntime(graph: Graph, feeds: Iterable[dict[str, Array]], *, th
     units = find_units(form.graph, shapes)
     costs = [unit_costs(unit, shapes, quantized=unit.node.output[0] in form.quantized) for unit in units]
     integer = choose_integer(form.graph, units, shapes, costs)
-    plan = _Plan(form.graph, units, integer)
+    plan = _Plan(form.graph, units, integer, shapes)
     affine = _affine(form, plan, observe_ranges(form.graph, _unknown(form, plan), feeds, threads=threads))
     _Emitter(plan, affine).rewrite()
     return Lowered(form.graph, _islands(units, integer, costs), _integer_ratio(units, integer))
@@ -91,6 +98,7 @@ class _Plan:
     graph: Graph
     units: list[Unit]
     integer: list[bool]
+    shapes: dict[str, Shape]
     #: Tensors that integer units make or read.
     quantized: list[str] = field(default_factory=list)
     #: Tensors that an integer unit makes and float units, or the graph's outputs, read too.
@@ -204,6 +212,8 @@ class _Emitter:
                 node.input[index] = self._dequantize(name, f"{name}_for_{unit.name}_{index}")
         if unit.operator in COMPUTE:
             self._quantize_parameters(unit, node)
+        elif unit.operator == "AveragePool" and averages_all_taps(node):
+            node = self._as_convolution(unit, node)
         if unit.output in self._plan.float_made:
             self._nodes += [node, *_activation(unit)]
             return
@@ -293,6 +303,28 @@ class _Emitter:
         self._nodes.append(weight)
         if len(node.input) > 2 and node.input[2] in self._graph.constants:
             node.input[2] = self._integer_bias(unit, weight, self._graph.constants[node.input[2]])
+
+    def _as_convolution(self, unit: Unit, pool: NodeProto) -> NodeProto:
+        """The average as a depthwise convolution of equal weights, whose integer kernel is several times faster."""
+        kernel = attribute(pool, "kernel_shape")
+        channels = self._plan.shapes[unit.output][1]
+        parameters = [
+            self._graph.add_constant(f"{unit.output}_ones", np.ones((channels, 1, *kernel), dtype=np.int8)),
+            self._graph.add_constant(
+                f"{unit.output}_share", np.full(channels, 1 / np.prod(kernel), dtype=np.float32)
+            ),
+            self._graph.add_constant(f"{unit.output}_ones_zero", np.zeros(channels, dtype=np.int8)),
+        ]
+        weight = f"{unit.output}_weight"
+        self._nodes.append(helper.make_node("DequantizeLinear", parameters, [weight], name=weight, axis=0))
+        window = {
+            name: attribute(pool, name)
+            for name in ("kernel_shape", "strides", "pads", "dilations")
+            if attribute(pool, name) is not None
+        }
+        return helper.make_node(
+            "Conv", [pool.input[0], weight], list(pool.output), name=unit.name, group=channels, **window
+        )
 
     def _integer_bias(self, unit: Unit, weight: NodeProto, bias: Array) -> str:
         """The bias in units of input scale × weight scale, as the sums of products come."""

@@ -21,8 +21,8 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-from jetway.tasks.lowering.units import COMPUTE, Unit, group_count, input_shape
-from jetway.tasks.onnx_graph import Graph, Shape
+from jetway.tasks.lowering.units import COMPUTE, Unit, averages_all_taps, group_count, input_shape
+from jetway.tasks.onnx_graph import Graph, Shape, attribute
 
 # Element-wise operators with integer kernels of their own, and those that only move values.
 ARITHMETIC = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"})
@@ -38,6 +38,7 @@ _INFINITE = 2**29
 _CALL_US = 2.0
 _CROSSING_US_PER_ELEMENT = 0.8e-3
 _ELEMENT_US = 0.4e-3
+_AVERAGE_POOL_TAP_US = 0.67e-3  # one tap at one element: its integer kernel does them one by one
 _INTEGER_MACS_PER_US = 240e3
 _INTEGER_GATHER_US = 5e-3  # one kernel tap at one pixel, copied for the matrix product
 _FLOAT_MACS_PER_US = 50e3
@@ -64,6 +65,8 @@ def unit_costs(unit: Unit, shapes: dict[str, Shape], *, quantized: bool) -> Cost
     elements = _elements(shapes.get(unit.output, ()))
     if unit.operator in ARITHMETIC | MOVEMENT | {"Relu"} and _is_integer_capable(unit):
         cost = _CALL_US + elements * _ELEMENT_US
+        if unit.operator == "AveragePool":
+            return Costs(cost, _average_pool_us(unit, shapes, elements))
         return Costs(cost, cost)
     return Costs(0.0, None, "no integer kernel")
 
@@ -168,10 +171,22 @@ def _integer_us(unit: Unit, shapes: dict[str, Shape]) -> float:
     taps = _elements(shapes.get(unit.node.input[1], ())[2:])
     gathers = 0 if taps == 1 else taps * _elements(shapes.get(unit.output, ())) // outputs
     if _is_depthwise(unit, inputs):
-        aligned = outputs % _BLOCK == 0
-        rate = _DEPTHWISE_INTEGER_MACS_PER_US if aligned else _DEPTHWISE_INTEGER_UNALIGNED_MACS_PER_US
-        return _CALL_US + gathers * _DEPTHWISE_INTEGER_GATHER_US + unit.macs / rate
+        return _depthwise_integer_us(outputs, gathers, unit.macs)
     return _CALL_US + gathers * group_count(unit) * _INTEGER_GATHER_US + unit.macs / _INTEGER_MACS_PER_US
+
+
+def _average_pool_us(unit: Unit, shapes: dict[str, Shape], elements: int) -> float:
+    taps: int = math.prod(attribute(unit.node, "kernel_shape"))
+    if not averages_all_taps(unit.node):
+        return _CALL_US + elements * taps * _AVERAGE_POOL_TAP_US
+    channels = shapes[unit.output][1]
+    return _depthwise_integer_us(channels, taps * elements // channels, taps * elements)
+
+
+def _depthwise_integer_us(channels: int, gathers: int, macs: int) -> float:
+    aligned = channels % _BLOCK == 0
+    rate = _DEPTHWISE_INTEGER_MACS_PER_US if aligned else _DEPTHWISE_INTEGER_UNALIGNED_MACS_PER_US
+    return _CALL_US + gathers * _DEPTHWISE_INTEGER_GATHER_US + macs / rate
 
 
 def _channels(unit: Unit, shapes: dict[str, Shape]) -> tuple[int, int]:

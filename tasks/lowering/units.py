@@ -155,3 +155,10 @@ def input_shape(unit: Unit, shapes: dict[str, Shape]) -> Shape:
 
 def group_count(unit: Unit) -> int:
     return int(attribute(unit.node, "group", 1))
+
+
+def averages_all_taps(node: NodeProto) -> bool:
+    """Whether every output of an AveragePool is the sum of its taps by one number, so that it is a convolution."""
+    pads_count = bool(attribute(node, "count_include_pad", 0)) or not any(attribute(node, "pads", []))
+    plain = attribute(node, "auto_pad", b"NOTSET") == b"NOTSET" and not attribute(node, "ceil_mode", 0)
+    return pads_count and plain and len(attribute(node, "kernel_shape")) == 2

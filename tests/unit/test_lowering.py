@@ -309,6 +309,27 @@ def test_lower_keeps_every_output_of_the_graph() -> None:
     assert relative_error(graph, lowered) <= 0.10
 
 
+def pooled_between_layers(**attributes: Any) -> Graph:
+    b = QdqBuilder(32, 16)
+    t = b.relu(b.convolution("x", 32, 32))
+    t = b.add("AveragePool", t, kernel_shape=[3, 3], pads=[1] * 4, **attributes)
+    return b.graph(b.relu(b.convolution(t, 32, 32)))
+
+
+def test_lower_averages_by_a_convolution(tmp_path: Path) -> None:
+    graph = pooled_between_layers(count_include_pad=1)
+    lowered = lower(graph).graph
+    assert optimized_operators(lowered, tmp_path)["QLinearConv"] == 3
+    assert relative_error(graph, lowered) < 0.03
+
+
+def test_lower_keeps_an_average_whose_edges_count_fewer_taps(tmp_path: Path) -> None:
+    graph = pooled_between_layers()
+    lowered = lower(graph).graph
+    assert optimized_operators(lowered, tmp_path)["QLinearConv"] == 2
+    assert relative_error(graph, lowered) < 0.03
+
+
 def test_lower_leaves_a_layer_without_quantizers_in_exact_float(tmp_path: Path) -> None:
     """ONNX Runtime quantizes a float Conv between Q/DQ by itself, one scale a tensor, if it is let."""
     b = QdqBuilder(3, 16)
