@@ -9,7 +9,8 @@
     │   ├── TargetBusyError                   another job holds the accelerator's lease
     │   ├── TargetMismatchError               engine absent, opset too new, an engine built elsewhere
     │   └── RemoteCommandError
-    │       └── BuildError                    with its cause: out_of_memory, unsupported_operator, disk_full
+    │       └── BuildError                    with its cause: out_of_memory, killed, small_workspace,
+    │                                         unsupported_operator, disk_full
     ├── StageError                   exit 4   a stage could not do its work
     │   ├── WorkloadError                     what the user brought raises or returns the wrong thing
     │   ├── PruningError

@@ -4,7 +4,7 @@ from typing import Dict
 
 BAD_REQUEST = "bad_request"  # the request lacks a key or names a file that is not there
 MISMATCH = "mismatch"  # the engine is absent or too old, or the file was built elsewhere
-BUILD_FAILED = "build_failed"  # ``cause`` says why: out_of_memory, unsupported_operator, disk_full, unknown
+BUILD_FAILED = "build_failed"  # ``cause`` says why in one word, such as out_of_memory
 CORRUPT = "corrupt"  # a blob does not match its digest
 BUSY = "busy"  # another job holds the accelerator
 DISK_FULL = "disk_full"

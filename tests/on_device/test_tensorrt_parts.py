@@ -127,7 +127,7 @@ def test_warnings_tell_why_no_kernel_was_found():
     )
     assert failure.of_messages("x", messages(no_kernel)).cause == "unsupported_operator"
     error = failure.of_messages("x", messages(hint, no_kernel))
-    assert error.cause == "out_of_memory"
+    assert error.cause == "small_workspace"
     assert "larger rung" in str(error)
 
 
@@ -213,6 +213,14 @@ def test_what_less_memory_cannot_help_ends_the_ladder(tmp_path):
     error, tried, _ = climb(tmp_path, NO_MEMORY, NO_DISK)
     assert tried == [4096, 1024]
     assert error.cause == "disk_full"
+
+
+def test_a_workspace_that_is_too_small_is_not_made_smaller(tmp_path):
+    too_small = {"error": failure.build_failed("no kernel", "small_workspace").to_json()}
+    error, tried, _ = climb(tmp_path, NO_MEMORY, (too_small, 0))
+    assert tried == [4096, 1024]
+    assert "larger rung" in str(error)
+    assert "4096 MiB out_of_memory, 1024 MiB small_workspace" in str(error)
 
 
 def test_a_failed_rung_leaves_no_engine(tmp_path):

@@ -9,7 +9,7 @@ from jetway.tasks.on_device.children import Outcome
 from jetway.tasks.on_device.errors import DeviceError
 from jetway.tasks.on_device.tensorrt_engine.logger import Messages
 
-#: A smaller workspace may help against these.
+#: A smaller workspace may help against these, and never where a kernel wants a larger one.
 MEMORY_CAUSES = ("out_of_memory", "killed")
 
 OUT_OF_MEMORY = re.compile(
@@ -47,11 +47,7 @@ def cause_of(text: str) -> str:
 
 def build_failed(what: str, cause: str, words: str = "") -> DeviceError:
     said = " TensorRT says: {}".format(" ".join(words.split())[-1500:]) if words else ""
-    return DeviceError(
-        "{}. {}{}".format(what, ADVICE[cause], said),
-        errors.BUILD_FAILED,
-        "out_of_memory" if cause == "small_workspace" else cause,
-    )
+    return DeviceError("{}. {}{}".format(what, ADVICE[cause], said), errors.BUILD_FAILED, cause)
 
 
 def of_messages(what: str, messages: Messages) -> DeviceError:
