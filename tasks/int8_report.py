@@ -227,7 +227,11 @@ def _group_line(group: Group) -> str:
         f"{group.fp16_ms:.4f}",
         f"{group.int8_ms:.4f}",
         f"{group.lost_ms:+.4f}",
-        f"{len(group.int8_layers)} layers {', '.join(group.int8_precisions)}".strip(),
+        f"{_count(len(group.int8_layers), 'layer')} {', '.join(group.int8_precisions)}".strip(),
         ", ".join(group.reasons) or "-",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
