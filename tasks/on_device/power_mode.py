@@ -208,9 +208,19 @@ def _needed_change(mode: Optional[str], lock_clocks: bool) -> Json:
     change = {}  # type: Json
     if mode is not None and _known(mode) != current():
         change["mode"] = mode
-    if lock_clocks and (change or clocks.unlocked(_accelerator_limits())):
+    if lock_clocks and (change or clocks.unlocked(_readable_limits())):
         change["lock_clocks"] = True
     return change
+
+
+def _readable_limits() -> Dict[str, clocks.Limits]:
+    found = _accelerator_limits()
+    if not found:
+        raise DeviceError(
+            "No clock of this machine can be read, so none can be locked. Set lock_clocks to false.",
+            errors.BAD_REQUEST,
+        )
+    return found
 
 
 def _known(mode: str) -> str:

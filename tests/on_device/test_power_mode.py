@@ -374,6 +374,12 @@ def test_clocks_that_nothing_can_lock_are_a_problem_at_once(board, monkeypatch, 
     assert "jetson_clocks is not on this machine" in power_mode.root_problem(None, True)
 
 
+def test_clocks_that_cannot_be_read_are_not_called_locked(monkeypatch, tmp_path):
+    monkeypatch.setenv("JETWAY_SIMULATED_ROOT", str(tmp_path))
+    with pytest.raises(DeviceError, match="lock_clocks to false"), power_mode.held(str(tmp_path), None, True):
+        pass
+
+
 def test_a_slow_command_is_waited_for(board, work_dir):
     made = board("Nano JP4.6")
     made.configure(slow_s=0.5)

@@ -144,6 +144,7 @@ def test_the_report_is_json_and_a_page(report):
     document = json.loads(json.dumps(report.to_json()))
     assert document["groups"][0]["lost_ms"] == pytest.approx(report.groups[0].lost_ms)
     page = report_markdown(report, where="orin: NVIDIA Jetson AGX Orin")
+    assert "1 layer int8" in page
     for text in (
         "pruned-int8-qat",
         "orin: NVIDIA",
