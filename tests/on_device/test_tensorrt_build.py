@@ -765,7 +765,7 @@ def test_a_build_that_is_killed_goes_on_with_less_workspace(device, nets, images
         ("unsupported:Softmax", "unsupported_operator", "Softmax"),
         ("disk_full", "disk_full", "Free some disk"),
         ("crash", "unknown", "was killed by SIG"),
-        ("no_implementation_below:100000", "out_of_memory", "larger rung"),
+        ("no_implementation_below:100000", "small_workspace", "larger rung"),
     ],
 )
 def test_failures_are_told_apart(device, nets, images, tmp_path, fault, cause, words):
