@@ -10,6 +10,8 @@ from jetway.data.driving.world import Boxes, Floats, Integers
 
 GROUND, NOTHING = -1, -2
 _NEAREST = np.float32(1e-3)
+# Stands for 0, by which a distance cannot be divided.
+_PARALLEL = np.float32(1e-12)
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,11 @@ class Hits:
 def cast_rays(boxes: Boxes, origin: Floats, directions: Floats) -> Hits:
     """First surface that rays from ``origin`` [3] along ``directions`` [R, 3] meet, by the slab method
     (Kay & Kajiya 1986, "Ray Tracing Complex Scenes")."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ground = np.where(directions[:, 2] < 0, -origin[2] / directions[:, 2], np.inf)
-        distances, axes = _enter(boxes, origin, directions)
-    nearest = (
-        np.concatenate([distances, ground[None]]).argmin(axis=0) if len(boxes) else np.zeros(len(ground), int)
-    )
-    best = np.concatenate([distances, ground[None]])[nearest, np.arange(len(ground))]
+    downward = directions[:, 2] < 0
+    ground = np.where(downward, -origin[2] / np.where(downward, directions[:, 2], -1), np.float32(np.inf))
+    distances, axes = _enter(boxes, origin, directions)
+    candidates = np.concatenate([distances, ground[None]])
+    nearest, best = candidates.argmin(axis=0), candidates.min(axis=0)
     surfaces = np.where(nearest == len(boxes), GROUND, nearest)
     surfaces = np.where(np.isinf(best), NOTHING, surfaces)
     return Hits(best.astype(np.float32), surfaces, _normals(boxes, directions, surfaces, axes))
@@ -41,6 +41,7 @@ def _enter(boxes: Boxes, origin: Floats, directions: Floats) -> tuple[Floats, In
     """Distance [B, R] at which each ray enters each box, inf where it does not, and through which axis."""
     starts = _turned((origin - boxes.centers).T, boxes.yaws)[..., None]
     steps = _turned(directions.T[:, None], boxes.yaws[:, None])
+    steps[steps == 0] = _PARALLEL
     half = boxes.sizes.T[..., None] / 2
     reach, middle = np.abs(half / steps), -starts / steps
     enters = middle - reach
