@@ -262,11 +262,26 @@ def _add_bridge(network: nn.Module, attention: Attention) -> list[Any]:
     sizes = [network.get_submodule(name).out_features for name in attention.projections]
     before = nn.ModuleList(nn.Linear(size, 1) for size in sizes)  # type: ignore[arg-type]
     behind = nn.Linear(width, width)
-    network.get_submodule(attention.name).add_module(_BRIDGE, nn.ModuleList([before, behind]))
+    module, output = network.get_submodule(attention.name), network.get_submodule(attention.output)
+    module.add_module(_BRIDGE, nn.ModuleList([before, behind]))
     seen: list[Tensor] = []
+    calls: list[nn.Module] = []
 
     def keep(layer: nn.Module, _: Any, made: Tensor) -> None:
+        calls.append(layer)
         seen.append(layer(made).sum())
+
+    def call_layers(_: nn.Module, arguments: tuple[Tensor, ...], made: Tensor) -> Tensor | None:
+        """For an attention that hands its layers' weights to a function: the layers themselves, called."""
+        if calls:
+            calls.clear()
+            return None
+        given = arguments[0]
+        for name in attention.projections:
+            network.get_submodule(name)(given)
+        stand_in: Tensor = output(given.new_zeros(*given.shape[:-1], width))
+        calls.clear()
+        return stand_in if stand_in.shape == made.shape else None
 
     def cross(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         joined = behind(arguments[0].detach() + sum(seen))
@@ -279,4 +294,8 @@ def _add_bridge(network: nn.Module, attention: Attention) -> list[Any]:
         )
         for name, layer in zip(attention.projections, before, strict=True)
     ]
-    return [*hooks, network.get_submodule(attention.output).register_forward_pre_hook(cross)]
+    return [
+        *hooks,
+        output.register_forward_pre_hook(cross),
+        module.register_forward_hook(call_layers),
+    ]

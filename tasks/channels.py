@@ -38,6 +38,7 @@ from jetway.tasks.attention import (
     update_widths,
 )
 from jetway.tasks.errors import PruningError, WorkloadError
+from jetway.tasks.index_mappings import drop_false_mappings
 from jetway.tasks.widths import find_widths, update_remembered
 from jetway.tasks.workload import Inputs, Outputs, call_network
 
@@ -127,6 +128,7 @@ def trace_dependencies(network: nn.Module, inputs: Inputs, output_names: Sequenc
             example_inputs=inputs,
             forward_fn=lambda module, given: _marked_outputs(call_network(module, given, output_names)),
         )
+    drop_false_mappings(graph)
     for node in graph.module2node.values():
         # It takes any split behind a three-dimensional parameter for one of tokens.
         if node.type == OPTYPE.SPLIT:

@@ -32,7 +32,19 @@ from jetway.tasks.prune import matching_names, prune_inputs, prune_network
 from jetway.tasks.stage import stage_key
 
 USER_PROJECT = Path(__file__).parent / "user_project"
-PRUNABLE = ["Residual", "Grouped", "Vit", "VitChunk", "VitSeparate", "Swin", "Masked", "Multihead", "Tokens"]
+PRUNABLE = [
+    "Residual",
+    "Grouped",
+    "Vit",
+    "VitChunk",
+    "VitSeparate",
+    "Swin",
+    "SwinFunctional",
+    "Merging",
+    "Masked",
+    "Multihead",
+    "Tokens",
+]
 DEPTH = {
     "Swin": {"depth": {"keep": {"blocks": 2}}, "head_ratio": 0.25},
     "Masked": {"depth": {"keep": {"blocks": 2}}},
@@ -213,9 +225,9 @@ def rows_of_heads(heads, dim, width, parts):
     return [width * part + head * dim + i for part in range(parts) for head in heads for i in range(dim)]
 
 
-@pytest.mark.parametrize("network", ["Vit", "VitSeparate", "Swin"])
+@pytest.mark.parametrize("network", ["Vit", "VitSeparate", "Swin", "SwinFunctional"])
 def test_prune_takes_the_silent_heads_as_a_whole_and_nothing_changes(start, network):
-    swin = network == "Swin"
+    swin = network.startswith("Swin")
     heads, dead = (8, [1, 6]) if swin else (4, [2])
     dim = 32 // heads
 

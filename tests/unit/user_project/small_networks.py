@@ -137,12 +137,31 @@ class WindowAttention(nn.Module):
         return self.proj((attention @ v).transpose(1, 2).reshape(n, tokens, -1))
 
 
+class FunctionalAttention(nn.Module):
+    """Hands its layers' weights to a function, so that the layers themselves are never called."""
+
+    def __init__(self, width, num_heads, window):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return attend(x, self.qkv.weight, self.qkv.bias, self.proj.weight, self.proj.bias, self.num_heads)
+
+
+def attend(x, qkv_weight, qkv_bias, weight, bias, num_heads):
+    n, tokens, _ = x.shape
+    q, k, v = F.linear(x, qkv_weight, qkv_bias).reshape(n, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    out = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+    return F.linear(out.transpose(1, 2).reshape(n, tokens, -1), weight, bias)
+
+
 class WindowBlock(nn.Module):
-    def __init__(self, width, num_heads, window, shift):
+    def __init__(self, width, num_heads, window, shift, attention):
         super().__init__()
         self.window, self.shift = window, shift
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = WindowAttention(width, num_heads, window)
+        self.attn = attention(width, num_heads, window)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x):
@@ -164,11 +183,14 @@ class Swin(nn.Module):
     """Transformer with shifted windows, after Liu et al. 2021, without its masks."""
 
     shape = (3, 8, 8)
+    attention = WindowAttention
 
     def __init__(self, width=32, num_heads=8, window=2, depth=4):
         super().__init__()
         self.patch = nn.Conv2d(3, width, 2, 2)
-        self.blocks = nn.ModuleList(WindowBlock(width, num_heads, window, i % 2) for i in range(depth))
+        self.blocks = nn.ModuleList(
+            WindowBlock(width, num_heads, window, i % 2, self.attention) for i in range(depth)
+        )
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 5)
 
     def forward(self, x):
@@ -176,6 +198,37 @@ class Swin(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x).mean(dim=(1, 2)))
+
+
+class SwinFunctional(Swin):
+    attention = FunctionalAttention
+
+
+class Merging(nn.Module):
+    """Channels last, and four neighbours joined into one place, as between the stages of a Swin transformer."""
+
+    shape = (3, 16, 16)
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 32, 2, 2)
+        self.first, self.second = self.block(32), self.block(64)
+        self.norm, self.reduction = nn.LayerNorm(128), nn.Linear(128, 64, bias=False)
+        self.head = nn.Linear(64, 5)
+
+    @staticmethod
+    def block(width):
+        return nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x):
+        x = self.patch(x).permute(0, 2, 3, 1)
+        x = x + self.first(x)
+        corners = [x[..., row::2, column::2, :] for column in (0, 1) for row in (0, 1)]
+        x = self.reduction(self.norm(torch.cat(corners, -1)))
+        x = (x + self.second(x)).permute(0, 3, 1, 2)
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 class Masked(nn.Module):
