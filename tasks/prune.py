@@ -49,6 +49,9 @@ _SPARSE_BELOW = 0.01
 # Halvings of the ratio when a target is searched: the one found is within 0.001 of the smallest.
 _SEARCH_STEPS = 10
 
+# Ratio at which cuts are tried when the one to use is still to be found.
+_TRIED_RATIO = 0.5
+
 
 class PruneInputs(Section):
     """What the stage's result depends on: fine-tuning counts only where it happens between steps."""
@@ -187,7 +190,7 @@ class _Pruner:
     def prune_depth(self) -> None:
         if self.config.depth:
             self.rounds = prune_depth(self.context, self.network, self.config.depth)
-            self._check_outputs()
+            self._check_outputs(self.network)
             self._reload()
 
     @property
@@ -199,14 +202,14 @@ class _Pruner:
     def run_step(self, step: int) -> None:
         """Prunes to the share of the whole that this step is due, and reloads the result from its record."""
         share = step / self.config.iterative_steps
-        candidates = self._candidates()
+        candidates = self._workable(self._candidates(), share)
         self.tried.clear()
         ratio = self._ratio(candidates, share)
         apply_cuts(
             self.network, self.inputs, self.workload.output_names, self._cuts(candidates, ratio, share)
         )
         self.ratios_used.append(ratio)
-        self._check_outputs()
+        self._check_outputs(self.network)
         self._reload()
 
     def _candidates(self) -> list[Candidate]:
@@ -215,6 +218,33 @@ class _Pruner:
             self.initial.setdefault(candidate.root, candidate.channels)
             self.initial_heads.setdefault(candidate.root, candidate.blocks)
         return candidates
+
+    def _workable(self, candidates: list[Candidate], share: float) -> list[Candidate]:
+        """Those without which the network's forward still works; each cut is tried alone where all together fail.
+
+        Raises PruningError when that leaves none, or when cuts fail together that work alone.
+        """
+        ratio = self.config.pruning_ratio if self.config.target_macs_ratio is None else _TRIED_RATIO
+        cuts = self._cuts(candidates, ratio * share, share)
+        error = self._error_of(cuts)
+        if error is None:
+            return candidates
+        errors = {cut.root: found for cut in cuts if (found := self._error_of([cut]))}
+        if not errors or len(errors) == len(cuts):
+            raise error
+        for root, reason in errors.items():
+            logger.warning("prune: %s and what shares channels with it stay whole: %s", root, reason)
+        return [candidate for candidate in candidates if candidate.root not in errors]
+
+    def _error_of(self, cuts: list[Cut]) -> PruningError | None:
+        """What is wrong with the network after these cuts, on a copy."""
+        trial = copy.deepcopy(self.network)
+        try:
+            apply_cuts(trial, self.inputs, self.workload.output_names, cuts)
+            self._check_outputs(trial)
+        except PruningError as exc:
+            return exc
+        return None
 
     def _cuts(self, candidates: list[Candidate], ratio: float, share: float) -> list[Cut]:
         return plan_cuts(
@@ -244,8 +274,8 @@ class _Pruner:
             self.tried[key] = total_macs(trial, self.inputs) / self.baseline_macs
         return self.tried[key]
 
-    def _check_outputs(self) -> None:
-        outputs = self._call(self.network)
+    def _check_outputs(self, network: nn.Module) -> None:
+        outputs = self._call(network)
         changed = [name for name, output in outputs.items() if output.shape != self.outputs[name].shape]
         if changed:
             raise PruningError(
