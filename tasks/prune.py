@@ -233,7 +233,8 @@ class _Pruner:
         if not errors or len(errors) == len(cuts):
             raise error
         for root, reason in errors.items():
-            logger.warning("prune: %s and what shares channels with it stay whole: %s", root, reason)
+            cause = str(reason).partition(". If ")[0]
+            logger.warning("prune: %s and what shares channels with it stay whole: %s", root, cause)
         return [candidate for candidate in candidates if candidate.root not in errors]
 
     def _error_of(self, cuts: list[Cut]) -> PruningError | None:

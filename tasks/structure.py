@@ -121,11 +121,15 @@ def _check_classes(before: dict[str, nn.Module], after: dict[str, nn.Module], id
 
 
 def _changed_attributes(before: nn.Module, after: nn.Module) -> dict[str, Plain]:
+    """Plain attributes that differ. A private one that a fresh module lacks was left by a call: transformers notes
+    so that it has hooked a module, which the rebuilt one is not."""
     old, new = vars(before), vars(after)
     return {
         key: value
         for key, value in new.items()
-        if key not in _TRANSIENT and _is_plain(value) and (key not in old or _differs(old[key], value))
+        if key not in _TRANSIENT
+        and _is_plain(value)
+        and (_differs(old[key], value) if key in old else not key.startswith("_"))
     }
 
 

@@ -71,6 +71,14 @@ def test_record_carries_attributes_with_their_types():
     assert_same_outputs(network, copy)
 
 
+def test_what_a_call_leaves_behind_is_no_structure():
+    network = Stack()
+    network._hooks_installed = True
+    network.blocks[0].depth_kept = 2
+    record = describe_structure(Stack(), network)
+    assert record["attributes"] == {"blocks.0": {"depth_kept": 2}}
+
+
 def test_record_carries_narrower_layers_and_keeps_shared_weights_shared():
     network = Stack(width=6)
     copy, record = rebuilt(network)
