@@ -155,7 +155,11 @@ class PruneConfig(StageSection):
     scope: Literal["local", "global"] = Field(
         default="local", description="Rank channels within each layer, or over the whole network."
     )
-    pruning_ratio: Ratio = Field(default=0.5, description="Share of the channels to remove, in [0, 1).")
+    pruning_ratio: Ratio | Literal["auto"] = Field(
+        default=0.5,
+        description="Share of the channels to remove, in [0, 1). auto: a share for each group of layers, from the "
+        "sensitivity of the baseline, that reaches target_macs_ratio at the least rise of the loss.",
+    )
     pruning_ratios: dict[str, Ratio] = Field(
         default_factory=dict, description="Ratios of single modules, by glob over module names."
     )
@@ -204,6 +208,12 @@ class PruneConfig(StageSection):
         default=None, description="Blocks that are left out, before channels are pruned."
     )
 
+    @model_validator(mode="after")
+    def _automatic_target(self) -> PruneConfig:
+        if self.pruning_ratio == "auto" and self.target_macs_ratio is None:
+            raise ValueError("pruning_ratio: auto distributes what target_macs_ratio asks for: set that too")
+        return self
+
 
 class DistillationConfig(Section):
     weight: float = Field(
@@ -243,9 +253,15 @@ class QatConfig(TrainingSection):
     calibration_samples: int = Field(
         default=128, ge=1, description="Samples of the calibration data that set the ranges, at most."
     )
-    keep_float: tuple[str, ...] = Field(
+    keep_float: tuple[str, ...] | Literal["auto"] = Field(
         default=(),
-        description="Modules kept in float, by name or glob. A pattern that matches none is an error.",
+        description="Modules kept in float, by name or glob. A pattern that matches none is an error. auto: the "
+        "fewest layers without which int8 loses at most max_metric_drop.",
+    )
+    max_metric_drop: float = Field(
+        default=0.01,
+        ge=0,
+        description="For keep_float: auto: what int8 may lose of the primary metric on calibration data, before QAT.",
     )
     distillation: DistillationConfig | None = Field(
         default=None, description="Learn from the baseline's outputs too."
@@ -254,6 +270,22 @@ class QatConfig(TrainingSection):
         default=False,
         description="Keep the statistics of BatchNorm as the float network had them, instead of following QAT's "
         "batches; its scale and shift are trained all the same.",
+    )
+
+    @property
+    def float_patterns(self) -> tuple[str, ...]:
+        """The patterns of keep_float that the recipe itself gives."""
+        return () if self.keep_float == "auto" else self.keep_float
+
+
+class SensitivityConfig(StageSection):
+    """Each part of the network pruned or quantized alone, scored on calibration data, which must have targets."""
+
+    samples: int = Field(default=256, ge=1, description="Samples of the calibration data, at most.")
+    pruning_ratios: tuple[Ratio, ...] = Field(
+        default=(0.25, 0.5, 0.75),
+        min_length=1,
+        description="Ratios that every group of channels is tried at.",
     )
 
 
@@ -642,6 +674,10 @@ class Recipe(Section):
     workload: WorkloadConfig
     train: TrainConfig | None = Field(default=None, description="How to train a missing baseline.")
     analyze: AnalyzeConfig = AnalyzeConfig()
+    sensitivity: SensitivityConfig | None = Field(
+        default=None,
+        description="Measure what pruning and int8 do to each part. Measured anyway where something is auto.",
+    )
     prune: PruneConfig = PruneConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     qat: QatConfig = QatConfig()
@@ -658,6 +694,17 @@ class Recipe(Section):
     targets: tuple[Name, ...] = Field(
         default=("loopback",), min_length=1, description="Target files to deploy to; --target overrides it."
     )
+
+    @property
+    def pruning_sensitivity(self) -> SensitivityConfig | None:
+        """How to measure it; None where it is not wanted."""
+        automatic = self.prune.pruning_ratio == "auto"
+        return self.sensitivity or (SensitivityConfig() if automatic else None)
+
+    @property
+    def int8_sensitivity(self) -> SensitivityConfig | None:
+        automatic = self.qat.keep_float == "auto"
+        return self.sensitivity or (SensitivityConfig() if automatic else None)
 
     @field_validator("variants")
     @classmethod

@@ -16,8 +16,8 @@ from jetway.tasks.errors import ConfigError
 from jetway.tasks.export import onnx_node_names
 from jetway.tasks.load import NO_BASELINE, checkpoint_input
 from jetway.tasks.lowering.for_tensorrt import check_patterns
+from jetway.tasks.patterns import matching_attention, matching_names, prunable_names
 from jetway.tasks.preflight import check_target, probe_target
-from jetway.tasks.prune import matching_attention, matching_names, prunable_names
 from jetway.tasks.quantization import matching_modules
 from jetway.tasks.requirements import profile_problems
 from jetway.tasks.target.session import open_target
@@ -54,7 +54,7 @@ def check_recipe_fits(recipe: Recipe, path: Path, workload: Workload) -> None:
         if recipe.prune.depth:
             matching_containers(network, workload.example_inputs(), workload.output_names, recipe.prune.depth)
     if any(variant.precision.has_quantizers for variant in recipe.variants):
-        matching_modules(network, recipe.qat.keep_float, key="qat.keep_float")
+        matching_modules(network, recipe.qat.float_patterns, key="qat.keep_float")
     if recipe.tensorrt.mixed:
         check_patterns(recipe.tensorrt.mixed, onnx_node_names(workload, recipe.export))
     shapes = {name: tuple(tensor.shape) for name, tensor in workload.example_inputs().items()}

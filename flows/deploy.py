@@ -1,7 +1,7 @@
 """The deploy flow: from a trained network to engines measured on every target.
 
 load ─┬─ analyze
-      └─ prune ── finetune ── ptq ── qat                    on the host, reused by content
+      └─ sensitivity ── prune ── finetune ── sensitivity ── ptq ── qat      on the host, reused by content
                       └────────┴──────┴─ export ── verify      for each variant
                                            └─ build ── benchmark ── evaluate    on each target
                                                             └─ compare ── gate ── package
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from prefect import flow
 from prefect.futures import PrefectFuture
 
-from jetway.configs.schema import Backend, Precision, Stage, Target, Variant
+from jetway.configs.schema import Backend, Precision, QatConfig, Stage, Target, Variant
 from jetway.flows.pipeline import Pipeline, open_pipeline
 from jetway.flows.record import Measured, Network, RunResult, conclude, make_rows
 from jetway.flows.server import queue_for
@@ -39,6 +39,7 @@ from jetway.tasks.preflight import preflight
 from jetway.tasks.prune import prune
 from jetway.tasks.qat import ptq, qat
 from jetway.tasks.results import VariantResult
+from jetway.tasks.sensitivity import choice_notes, int8_sensitivity, pruning_sensitivity, with_chosen_layers
 from jetway.tasks.target_info import TargetInfo
 from jetway.tasks.verify import verify
 
@@ -79,7 +80,7 @@ def make_networks(run: Pipeline) -> dict[str, Network]:
     run.keep("analyze", analysis, Report)
     networks = {Stage.BASELINE: quantize(run, Stage.BASELINE, Network.of(baseline, analysis), baseline)}
     if run.variants(Stage.PRUNED):
-        pruning = prune(context, baseline, recipe.prune, recipe.finetune)
+        pruning = prune(context, baseline, recipe.prune, recipe.finetune, pruning_curves(run, baseline))
         pruned = run.keep("prune", pruning, Checkpoint)
         tuned = run.keep("finetune", finetune(context, pruned, recipe.finetune, baseline), Checkpoint)
         networks[Stage.PRUNED] = quantize(run, Stage.PRUNED, Network.of(tuned, pruning), baseline)
@@ -90,15 +91,36 @@ def quantize(run: Pipeline, stage: Stage, network: Network, teacher: Checkpoint)
     """The network of each precision: the float one itself, PTQ, and QAT, which goes on from PTQ."""
     wanted = {variant.precision for variant in run.variants(stage)}
     networks = dict.fromkeys(wanted, network)
+    config = run.recipe.qat
     if any(precision.has_quantizers for precision in wanted):
-        calibrated = run.keep(
-            f"{stage}/ptq", ptq(run.context, network.checkpoint, run.recipe.qat), Checkpoint
-        )
+        config = float_layers(run, stage, network.checkpoint)
+        calibrated = run.keep(f"{stage}/ptq", ptq(run.context, network.checkpoint, config), Checkpoint)
         networks[Precision.INT8_PTQ] = network.quantized(calibrated)
     if Precision.INT8_QAT in wanted:
-        trained = run.keep(f"{stage}/qat", qat(run.context, calibrated, run.recipe.qat, teacher), Checkpoint)
+        trained = run.keep(f"{stage}/qat", qat(run.context, calibrated, config, teacher), Checkpoint)
         networks[Precision.INT8_QAT] = network.quantized(trained)
     return networks
+
+
+def pruning_curves(run: Pipeline, baseline: Checkpoint) -> Report | None:
+    """What pruning does to each part of the baseline, where the recipe wants it measured."""
+    section, config = run.recipe.pruning_sensitivity, run.recipe.prune
+    if section is None:
+        return None
+    measured = pruning_sensitivity(run.context, baseline, config, section)
+    report = run.keep("prune/pruning_sensitivity", measured, Report)
+    return report if config.pruning_ratio == "auto" else None
+
+
+def float_layers(run: Pipeline, stage: Stage, checkpoint: Checkpoint) -> QatConfig:
+    """The qat section with the layers that stay in float, measured where the recipe wants it."""
+    section, config = run.recipe.int8_sensitivity, run.recipe.qat
+    if section is None:
+        return config
+    measured = int8_sensitivity(run.context.labelled(stage), checkpoint, config, section)
+    report = run.context.store.load_json(run.keep(f"{stage}/int8_sensitivity", measured, Report))
+    run.notes += choice_notes(stage, report)
+    return with_chosen_layers(config, report)
 
 
 def make_models(run: Pipeline, networks: Mapping[str, Network]) -> Models:

@@ -61,6 +61,8 @@ class Pipeline:
         self.observer = observer
         self.context = make_context(recipe, path, observer)
         self.run_id = ""
+        #: Lines above the stage table in the run's description.
+        self.notes: list[str] = []
 
     def start(self) -> None:
         """Starts the MLflow run. Until here nothing has been written anywhere."""

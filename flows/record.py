@@ -146,6 +146,7 @@ def conclude(
             if row.target == one.target.name:
                 log_row(run, one, row, networks[row.variant])
     heading = f"{run.recipe.description}\n\n" if run.recipe.description else ""
+    heading += "".join(f"{note}\n\n" for note in run.notes)
     run.tracker.describe(run.run_id, heading + stage_table_markdown(rows, metrics))
     run.tracker.set_tags(run.run_id, {"gate": worst_gate(rows), "validity": validity_of(rows)})
     if any(row.simulated for row in rows):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from prefect.cache_policies import NO_CACHE
 from torch import nn
 
 from jetway.configs.schema import FinetuneConfig, PruneConfig, Section
-from jetway.tasks.artifacts import Checkpoint, StageOutput
+from jetway.tasks.allocation import Point, allocate
+from jetway.tasks.artifacts import Checkpoint, Report, StageOutput
 from jetway.tasks.attention import find_attention
 from jetway.tasks.channels import (
     Candidate,
@@ -37,6 +37,7 @@ from jetway.tasks.depth import Round, prune_depth
 from jetway.tasks.errors import ConfigError, PruningError
 from jetway.tasks.importance import rank_candidates
 from jetway.tasks.macs import count_macs, count_params, total_macs
+from jetway.tasks.patterns import matching_attention, matching_names, prunable_names
 from jetway.tasks.stage import StageContext, run_stage
 from jetway.tasks.structure import Structure, describe_structure
 from jetway.tasks.training import batchnorm_scales, evaluate, train
@@ -61,12 +62,17 @@ class PruneInputs(Section):
 
 
 def prune_network(
-    context: StageContext, baseline: Checkpoint, config: PruneConfig, finetune_config: FinetuneConfig
+    context: StageContext,
+    baseline: Checkpoint,
+    config: PruneConfig,
+    finetune_config: FinetuneConfig,
+    sensitivity: Report | None = None,
 ) -> StageOutput:
     """The network with fewer channels, its outputs' shapes unchanged, and what became of each module.
 
     Layers that make the outputs keep their channels, and so does whatever shares channels with an ignored
-    layer. With ``target_macs_ratio`` the smallest ratio that reaches it is searched.
+    layer. With ``target_macs_ratio`` the smallest ratio that reaches it is searched; with ``pruning_ratio: auto``
+    each group gets one of its own, by what ``sensitivity`` measured.
 
     Raises ConfigError for a pattern that matches nothing, PruningError when the network cannot be traced or
     cut, or the target cannot be reached.
@@ -74,6 +80,8 @@ def prune_network(
     pruner = _Pruner(context, load_network(context.workload, baseline, context.store), config)
     pruner.slim()
     pruner.prune_depth()
+    if config.pruning_ratio == "auto":
+        pruner.allocate(sensitivity)
     for step in range(1, config.iterative_steps + 1) if pruner.prunes_channels else ():
         context.progress("prune", step - 1, config.iterative_steps, f"step {step}/{config.iterative_steps}")
         pruner.run_step(step)
@@ -85,13 +93,17 @@ def prune_network(
 
 @task(name="prune", cache_policy=NO_CACHE, persist_result=False)
 def prune(
-    context: StageContext, baseline: Checkpoint, config: PruneConfig, finetune_config: FinetuneConfig
+    context: StageContext,
+    baseline: Checkpoint,
+    config: PruneConfig,
+    finetune_config: FinetuneConfig,
+    sensitivity: Report | None = None,
 ) -> StageOutput:
     return run_stage(
         context,
         "prune",
-        lambda ctx: prune_network(ctx, baseline, config, finetune_config),
-        inputs=[baseline],
+        lambda ctx: prune_network(ctx, baseline, config, finetune_config, sensitivity),
+        inputs=[baseline, *([sensitivity] if sensitivity else [])],
         section=prune_inputs(config, finetune_config),
     )
 
@@ -99,42 +111,6 @@ def prune(
 def prune_inputs(config: PruneConfig, finetune_config: FinetuneConfig) -> PruneInputs:
     between = config.iterative_steps > 1 and config.finetune_epochs_between > 0
     return PruneInputs(prune=config, finetune=finetune_config if between else None)
-
-
-def prunable_names(network: nn.Module) -> list[str]:
-    """What patterns of the prune section may name: modules and parameters."""
-    return [name for name, _ in (*network.named_modules(), *network.named_parameters()) if name]
-
-
-def matching_names(patterns: Iterable[str], names: Sequence[str], key: str) -> dict[str, list[str]]:
-    """Names that each pattern matches, with all below them. Raises ConfigError with the nearest names."""
-    matches = {pattern: [name for name in names if fnmatchcase(name, pattern)] for pattern in patterns}
-    for pattern, found in matches.items():
-        if not found:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
-            raise ConfigError(
-                f"{key}: {pattern!r} matches no module or parameter of the network. "
-                f"Nearest: {', '.join(near)}. Patterns are globs over whole names, like 'layer4.*'."
-            )
-    return {
-        pattern: [name for name in names if any(name == top or name.startswith(f"{top}.") for top in found)]
-        for pattern, found in matches.items()
-    }
-
-
-def matching_attention(patterns: Iterable[str], network: nn.Module, key: str) -> dict[str, list[str]]:
-    """Attention modules that each pattern matches. Raises ConfigError where one matches none that can lose heads."""
-    able = [attention.name for attention in find_attention(network)]
-    matches = {pattern: [name for name in able if fnmatchcase(name, pattern)] for pattern in patterns}
-    known = f"These can: {', '.join(able)}." if able else "This network has none."
-    for pattern, found in matches.items():
-        if not found:
-            raise ConfigError(
-                f"{key}: {pattern!r} matches no attention that can lose whole heads. {known} It needs an attribute "
-                "num_heads, projections qkv or q, k, v, and one linear layer behind them inside the same module; "
-                "the heads of nn.MultiheadAttention are as wide together as its embedding, so prune its width."
-            )
-    return matches
 
 
 class _Pruner:
@@ -148,6 +124,8 @@ class _Pruner:
         self.baseline = copy.deepcopy(network)
         self.structure: Structure = describe_structure(context.workload.network(), network)
         self.slimming: dict[str, Any] = {}
+        #: Ratios that ``pruning_ratio: auto`` found, by the first member of a group.
+        self.allocated: dict[str, float] = {}
         self.rounds: list[Round] = []
         self.initial: dict[str, int] = {}
         self.initial_heads: dict[str, int] = {}
@@ -199,6 +177,28 @@ class _Pruner:
         asked = (self.config.pruning_ratio, self.config.target_macs_ratio, *self.ratios.values())
         return any(asked) or any(self.head_ratios.values())
 
+    def allocate(self, sensitivity: Report | None) -> None:
+        """Finds a ratio for each group, by its name; groups with ratios of their own keep those."""
+        if sensitivity is None or self.config.target_macs_ratio is None:
+            raise ConfigError(
+                "prune.pruning_ratio: auto needs prune.target_macs_ratio and the sensitivity of the baseline. Set "
+                "prune.target_macs_ratio, and hand the stage what pruning_sensitivity measured."
+            )
+        measured, candidates = self.context.store.load_json(sensitivity), self._candidates()
+        curves = _curves(
+            measured["rows"], [c for c in candidates if self.ratios.keys().isdisjoint(c.members)]
+        )
+        target = self.config.target_macs_ratio
+        found = allocate(curves, lambda ratios: self._macs_ratio(candidates, 0.0, 1.0, ratios), target)
+        if found is None:
+            most = {part: max(point.ratio for point in points) for part, points in curves.items()}
+            raise PruningError(
+                f"prune.target_macs_ratio asks for {target:.3f} of the MACs, but the largest of "
+                f"sensitivity.pruning_ratios leave {self._macs_ratio(candidates, 0.0, 1.0, most):.3f}. Add larger "
+                "ratios there, raise the target or prune.max_pruning_ratio, or ignore fewer layers."
+            )
+        self.allocated = found
+
     def run_step(self, step: int) -> None:
         """Prunes to the share of the whole that this step is due, and reloads the result from its record."""
         share = step / self.config.iterative_steps
@@ -206,7 +206,10 @@ class _Pruner:
         self.tried.clear()
         ratio = self._ratio(candidates, share)
         apply_cuts(
-            self.network, self.inputs, self.workload.output_names, self._cuts(candidates, ratio, share)
+            self.network,
+            self.inputs,
+            self.workload.output_names,
+            self._cuts(candidates, ratio, share, self.allocated),
         )
         self.ratios_used.append(ratio)
         self._check_outputs(self.network)
@@ -224,8 +227,9 @@ class _Pruner:
 
         Raises PruningError when that leaves none, or when cuts fail together that work alone.
         """
-        ratio = self.config.pruning_ratio if self.config.target_macs_ratio is None else _TRIED_RATIO
-        cuts = self._cuts(candidates, ratio * share, share)
+        whole = self.config.pruning_ratio
+        ratio = _TRIED_RATIO if whole == "auto" or self.config.target_macs_ratio is not None else whole
+        cuts = self._cuts(candidates, ratio * share, share, self.allocated)
         error = self._error_of(cuts)
         if error is None:
             return candidates
@@ -247,11 +251,13 @@ class _Pruner:
             return exc
         return None
 
-    def _cuts(self, candidates: list[Candidate], ratio: float, share: float) -> list[Cut]:
+    def _cuts(
+        self, candidates: list[Candidate], ratio: float, share: float, allocated: dict[str, float]
+    ) -> list[Cut]:
         return plan_cuts(
             candidates,
             ratio,
-            {name: own * share for name, own in self.ratios.items()},
+            {name: own * share for name, own in (allocated | self.ratios).items()},
             Limits(self.config.round_to, self.config.max_pruning_ratio, self.initial, self.initial_heads),
             ranked_globally=self.config.scope == "global",
             head_ratios={name: own * share for name, own in self.head_ratios.items()},
@@ -259,14 +265,22 @@ class _Pruner:
 
     def _ratio(self, candidates: list[Candidate], share: float) -> float:
         target = self.config.target_macs_ratio
+        if self.config.pruning_ratio == "auto":
+            return 0.0
         if target is None:
             return self.config.pruning_ratio * share
         wanted = 1 - (1 - target) * share
         return _smallest_ratio(lambda ratio: self._macs_ratio(candidates, ratio, share), wanted)
 
-    def _macs_ratio(self, candidates: list[Candidate], ratio: float, share: float) -> float:
+    def _macs_ratio(
+        self,
+        candidates: list[Candidate],
+        ratio: float,
+        share: float,
+        allocated: dict[str, float] | None = None,
+    ) -> float:
         """MACs that a ratio would leave, of a copy that is really cut and counted, once for the same cuts."""
-        cuts = self._cuts(candidates, ratio, share)
+        cuts = self._cuts(candidates, ratio, share, allocated or {})
         key = tuple((cut.root, len(cut.indices)) for cut in cuts)
         if key not in self.tried:
             trial = copy.deepcopy(self.network)
@@ -302,6 +316,18 @@ class _Pruner:
 
     def _call(self, network: nn.Module) -> Outputs:
         return checked_outputs(network, self.inputs, self.workload.output_names)
+
+
+def _curves(rows: list[dict[str, Any]], candidates: list[Candidate]) -> dict[str, list[Point]]:
+    """Measured damage of each group, as the rise of the loss; a group is known by any of its members."""
+    curves: dict[str, list[Point]] = {}
+    for candidate in candidates:
+        for row in rows:
+            if not set(row["members"]).isdisjoint(candidate.members):
+                damage = math.inf if row["loss_rise"] is None else row["loss_rise"]
+                point = Point(row["ratio"], damage, 1 - row["macs_ratio"])
+                curves.setdefault(candidate.members[0], []).append(point)
+    return curves
 
 
 def _smallest_ratio(macs_ratio: Callable[[float], float], wanted: float) -> float:
@@ -382,6 +408,7 @@ def _report(pruner: _Pruner, metrics: dict[str, float]) -> dict[str, Any]:
         "schema_version": 1,
         "ratios": pruner.ratios_used,
         "metrics": metrics,
+        "allocated": pruner.allocated,
         "slimming": pruner.slimming,
         "depth": [asdict(each) for each in pruner.rounds],
         "attention": _attention_rows(pruner),

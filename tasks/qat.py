@@ -14,18 +14,13 @@ from jetway.configs.schema import QatConfig
 from jetway.tasks.artifacts import Checkpoint, StageOutput
 from jetway.tasks.checkpoint import checkpoint_record, load_network, save_checkpoint
 from jetway.tasks.quantization import (
-    CalibrationSection,
+    calibration_section,
     load_quantized_network,
     quantization_record,
     quantize_network,
 )
 from jetway.tasks.stage import StageContext, run_stage
 from jetway.tasks.training import evaluate, train
-
-
-def calibration_section(config: QatConfig) -> CalibrationSection:
-    """What PTQ uses of the ``qat`` section."""
-    return CalibrationSection(**{key: getattr(config, key) for key in CalibrationSection.model_fields})
 
 
 def quantize_ptq(context: StageContext, checkpoint: Checkpoint, config: QatConfig) -> StageOutput:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jetway.configs.schema import CalibrationMethod, Precision, Section
+from jetway.configs.schema import CalibrationMethod, Precision, QatConfig, Section
 from jetway.tasks.artifacts import Checkpoint
 from jetway.tasks.checkpoint import build_network, checkpoint_record, load_network, load_weights, read_tensors
 from jetway.tasks.errors import ArtifactError, ConfigError, QuantizationError
@@ -62,6 +62,11 @@ class CalibrationSection(Section):
     keep_float: tuple[str, ...]
 
 
+def calibration_section(config: QatConfig) -> CalibrationSection:
+    """What PTQ uses of the ``qat`` section."""
+    return CalibrationSection(**{key: getattr(config, key) for key in CalibrationSection.model_fields})
+
+
 def quantize_network(
     network: nn.Module, workload: Workload, section: CalibrationSection, *, device: str = "cpu"
 ) -> nn.Module:
@@ -91,6 +96,16 @@ def quantize_network(
 def quantizable_layers(network: nn.Module) -> list[str]:
     """Names of the layers that get quantizers: plain convolutions and linear layers."""
     return [name for name, module in network.named_modules() if type(module) in _LAYERS]
+
+
+def input_quantizers(network: nn.Module) -> dict[str, Any]:
+    """The input quantizers that are on, by their layers' names."""
+    suffix = ".input_quantizer"
+    return {
+        name.removesuffix(suffix): q
+        for name, q in _quantizers(network)
+        if q.is_enabled and name.endswith(suffix)
+    }
 
 
 def matching_modules(network: nn.Module, patterns: Iterable[str], *, key: str) -> set[str]:

@@ -231,10 +231,12 @@ def evaluate_network(
     batch_size: int = 64,
     device: str = "cpu",
     indices: Sequence[int] | None = None,
+    data: Dataset[Sample] | Sequence[Sample] | None = None,
 ) -> list[Record]:
-    """Per-sample records of the evaluation data, or of some of it, scored by the workload's own metric code."""
+    """Per-sample records of the evaluation data, or of some of it, or of other data, scored by the workload's own
+    metric code."""
     network.eval()
-    data = workload.evaluation_data()
+    data = workload.evaluation_data() if data is None else data
     chosen = range(len(data)) if indices is None else indices  # type: ignore[arg-type]
     records: list[Record] = []
     with torch.no_grad():

@@ -73,7 +73,7 @@ def test_override_reaches_a_nested_key(tmp_path):
         ),
         ({}, ["export.opset=21"], ["export.opset", "21", "less than or equal to 20"]),
         ({}, ["qat=3"], ["qat: 3 is not allowed", "calibration_samples", "learning_rate"]),
-        ({}, ["train=fast"], ["train: 'fast' is not allowed", "batch_size, epochs"]),
+        ({}, ["train=fast"], ["train: 'fast' is not allowed", "batch_size, ema_decay, epochs"]),
         ({}, ["benchmark.revision=2"], ["benchmark.revision: unknown key", "min_queries"]),
         ({}, ["evaluate.revision=2"], ["evaluate.revision: unknown key", "samples"]),
         ({"variants": ["baseline-fp32", "pruned-fp16-on-gpu"]}, [], ["pruned-fp16-on-gpu", "-on-ort-cuda"]),

@@ -28,7 +28,8 @@ from jetway.tasks.checkpoint import checkpoint_record, load_network, save_checkp
 from jetway.tasks.errors import ConfigError, PruningError
 from jetway.tasks.importance import average_squared_gradients
 from jetway.tasks.macs import total_macs
-from jetway.tasks.prune import matching_names, prune_inputs, prune_network
+from jetway.tasks.patterns import matching_names
+from jetway.tasks.prune import prune_inputs, prune_network
 from jetway.tasks.stage import stage_key
 
 USER_PROJECT = Path(__file__).parent / "user_project"
