@@ -184,7 +184,8 @@ class _Pruner:
                 "prune.pruning_ratio: auto needs prune.target_macs_ratio and the sensitivity of the baseline. Set "
                 "prune.target_macs_ratio, and hand the stage what pruning_sensitivity measured."
             )
-        measured, candidates = self.context.store.load_json(sensitivity), self._candidates()
+        measured = self.context.store.load_json(sensitivity)
+        candidates = self._workable(self._candidates(), 1.0)
         curves = _curves(
             measured["rows"], [c for c in candidates if self.ratios.keys().isdisjoint(c.members)]
         )

@@ -19,10 +19,10 @@ from torch import nn
 
 from jetway.configs.schema import PruneConfig, QatConfig, Section, SensitivityConfig
 from jetway.tasks.artifacts import Checkpoint, Figure, StageOutput
-from jetway.tasks.channels import Candidate, Limits, apply_cuts, plan_cuts
+from jetway.tasks.channels import Candidate, Limits, apply_cuts, checked_outputs, plan_cuts
 from jetway.tasks.chart import add_chart, new_canvas
 from jetway.tasks.checkpoint import load_network
-from jetway.tasks.errors import QuantizationError
+from jetway.tasks.errors import PruningError, QuantizationError
 from jetway.tasks.importance import rank_candidates
 from jetway.tasks.macs import total_macs
 from jetway.tasks.patterns import matching_names, prunable_names
@@ -74,14 +74,17 @@ def measure_pruning(
     )
     scorer = Scorer(context, section.samples)
     whole, macs = scorer(network), total_macs(network, context.workload.example_inputs())
-    rows = []
+    rows, unable = [], {}
     for number, candidate in enumerate(ranked):
         context.progress("sensitivity", number, len(ranked), candidate.members[0])
-        for ratio in section.pruning_ratios:
-            kept, trial = _pruned_alone(context, network, candidate, ratio, config)
-            left = total_macs(trial, context.workload.example_inputs()) / macs
-            rows.append(_row(scorer, whole, scorer(trial), candidate, ratio, kept, left))
-    report = _document(context, scorer, whole, rows)
+        try:
+            for ratio in section.pruning_ratios:
+                kept, trial = _pruned_alone(context, network, candidate, ratio, config)
+                left = total_macs(trial, context.workload.example_inputs()) / macs
+                rows.append(_row(scorer, whole, scorer(trial), candidate, ratio, kept, left))
+        except PruningError as exc:
+            unable[candidate.members[0]] = str(exc)
+    report = _document(context, scorer, whole, rows) | {"cannot_be_pruned": unable}
     chart = _draw_curves(context, rows, report["metric"], parent=baseline)
     return _output(context, baseline, "pruning_sensitivity", report, chart)
 
@@ -188,6 +191,7 @@ def _pruned_alone(
     limits = Limits(config.round_to, config.max_pruning_ratio, {candidate.root: candidate.channels})
     cuts = plan_cuts([candidate], ratio, {}, limits, ranked_globally=False)
     apply_cuts(trial, workload.example_inputs(), workload.output_names, cuts)
+    checked_outputs(trial, workload.example_inputs(), workload.output_names)
     return candidate.channels - sum(len(cut.indices) for cut in cuts), trial
 
 
