@@ -239,6 +239,9 @@ class CalibrationMethod(StrEnum):
     MAX = "max"
     ENTROPY = "entropy"
     PERCENTILE = "percentile"
+    MSE = "mse"
+    #: Largest values, after difficulty moved from inputs into weights; for linear layers behind a LayerNorm.
+    SMOOTHQUANT = "smoothquant"
 
 
 class QatConfig(TrainingSection):
@@ -247,7 +250,9 @@ class QatConfig(TrainingSection):
     epochs: int = Field(default=3, ge=0, le=10_000, description="QAT epochs; a few are enough.")
     learning_rate: float = Field(default=1e-4, gt=0, description="Peak learning rate; small.")
     calibration: CalibrationMethod = Field(
-        default=CalibrationMethod.MAX, description="How activation ranges are chosen."
+        default=CalibrationMethod.MAX,
+        description="How activation ranges are chosen. smoothquant is for networks whose linear layers stand behind "
+        "a LayerNorm. Variants like baseline-int8-ptq-entropy compare methods in one run.",
     )
     percentile: float = Field(default=99.9, gt=50, le=100, description="For calibration: percentile.")
     calibration_samples: int = Field(
@@ -537,6 +542,8 @@ class Precision(StrEnum):
     BF16 = "bf16"
     INT8_PTQ = "int8-ptq"
     INT8_QAT = "int8-qat"
+    #: ONNX Runtime quantizes weights once and activations as they come: no calibration, no training.
+    INT8_DYNAMIC = "int8-dynamic"
     #: TensorRT's own calibrator: TensorRT 10 and older, and the only int8 of its DLA.
     INT8_CALIBRATED = "int8-calibrated"
 
@@ -603,15 +610,20 @@ _ON = "-on-"
 
 
 class Variant(Section):
-    """A row of the stage table, written ``pruned-int8-qat``, or ``pruned-fp16-on-ort-cuda`` with an engine."""
+    """A row of the stage table, written ``pruned-int8-qat``, or ``pruned-fp16-on-ort-cuda`` with an engine, or
+    ``pruned-int8-ptq-entropy`` with a calibration of its own."""
 
     stage: Stage
     precision: Precision
+    calibration: CalibrationMethod | None = Field(
+        default=None, description="How int8-ptq chooses its ranges; as the qat section says by default."
+    )
     on: str | None = Field(default=None, description="Key of BACKENDS; the target's own engine by default.")
 
     @property
     def name(self) -> str:
-        return f"{self.stage}-{self.precision}" + (f"{_ON}{self.on}" if self.on else "")
+        method = f"-{self.calibration}" if self.calibration else ""
+        return f"{self.stage}-{self.precision}{method}" + (f"{_ON}{self.on}" if self.on else "")
 
     @model_validator(mode="before")
     @classmethod
@@ -619,13 +631,16 @@ class Variant(Section):
         if not isinstance(value, str):
             return value
         name, _, on = value.partition(_ON)
+        method = next((m for m in CalibrationMethod if name.endswith(f"{Precision.INT8_PTQ}-{m}")), None)
+        name = name.removesuffix(f"-{method}")
         if name not in VARIANT_NAMES or (_ON in value and on not in BACKENDS):
             raise ValueError(
-                f"unknown variant {value!r}; allowed: {', '.join(VARIANT_NAMES)}, and behind any of them "
+                f"unknown variant {value!r}; allowed: {', '.join(VARIANT_NAMES)}, behind {Precision.INT8_PTQ} "
+                f"{', '.join(f'-{each}' for each in CalibrationMethod)}, and behind any of them "
                 f"{', '.join(_ON + backend for backend in BACKENDS)}"
             )
         stage, _, precision = name.partition("-")
-        return {"stage": stage, "precision": precision, "on": on or None}
+        return {"stage": stage, "precision": precision, "calibration": method, "on": on or None}
 
 
 VARIANT_NAMES = tuple(f"{stage}-{precision}" for stage in Stage for precision in Precision)

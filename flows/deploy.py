@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from prefect import flow
 from prefect.futures import PrefectFuture
 
-from jetway.configs.schema import Backend, Precision, QatConfig, Stage, Target, Variant
+from jetway.configs.schema import (
+    Backend,
+    CalibrationMethod,
+    Precision,
+    QatConfig,
+    Stage,
+    Target,
+    Variant,
+)
 from jetway.flows.pipeline import Pipeline, open_pipeline
 from jetway.flows.record import Measured, Network, RunResult, conclude, make_rows
 from jetway.flows.server import queue_for
@@ -84,22 +92,35 @@ def make_networks(run: Pipeline) -> dict[str, Network]:
         pruned = run.keep("prune", pruning, Checkpoint)
         tuned = run.keep("finetune", finetune(context, pruned, recipe.finetune, baseline), Checkpoint)
         networks[Stage.PRUNED] = quantize(run, Stage.PRUNED, Network.of(tuned, pruning), baseline)
-    return {variant.name: networks[variant.stage][variant.precision] for variant in recipe.variants}
+    return {variant.name: networks[variant.stage][variant.name] for variant in recipe.variants}
 
 
-def quantize(run: Pipeline, stage: Stage, network: Network, teacher: Checkpoint) -> dict[Precision, Network]:
-    """The network of each precision: the float one itself, PTQ, and QAT, which goes on from PTQ."""
-    wanted = {variant.precision for variant in run.variants(stage)}
-    networks = dict.fromkeys(wanted, network)
-    config = run.recipe.qat
-    if any(precision.has_quantizers for precision in wanted):
-        config = float_layers(run, stage, network.checkpoint)
-        calibrated = run.keep(f"{stage}/ptq", ptq(run.context, network.checkpoint, config), Checkpoint)
-        networks[Precision.INT8_PTQ] = network.quantized(calibrated)
-    if Precision.INT8_QAT in wanted:
-        trained = run.keep(f"{stage}/qat", qat(run.context, calibrated, config, teacher), Checkpoint)
-        networks[Precision.INT8_QAT] = network.quantized(trained)
+def quantize(run: Pipeline, stage: Stage, network: Network, teacher: Checkpoint) -> dict[str, Network]:
+    """The network of each variant: the float one itself, PTQ by each calibration, and QAT, which goes on from PTQ."""
+    variants = run.variants(stage)
+    networks = {variant.name: network for variant in variants}
+    quantized = [variant for variant in variants if variant.precision.has_quantizers]
+    if not quantized:
+        return networks
+    config = float_layers(run, stage, network.checkpoint)
+    methods = dict.fromkeys(variant.calibration or config.calibration for variant in quantized)
+    calibrated = {method: calibrate(run, stage, network, config, method) for method in methods}
+    for variant in quantized:
+        networks[variant.name] = network.quantized(calibrated[variant.calibration or config.calibration])
+    if any(variant.precision is Precision.INT8_QAT for variant in quantized):
+        training = qat(run.context, calibrated[config.calibration], config, teacher)
+        trained = network.quantized(run.keep(f"{stage}/qat", training, Checkpoint))
+        networks |= {v.name: trained for v in quantized if v.precision is Precision.INT8_QAT}
     return networks
+
+
+def calibrate(
+    run: Pipeline, stage: Stage, network: Network, config: QatConfig, method: CalibrationMethod
+) -> Checkpoint:
+    """PTQ by one method; those besides the recipe's own are kept under their names."""
+    name = "ptq" if method is config.calibration else f"ptq-{method}"
+    chosen = config.model_copy(update={"calibration": method})
+    return run.keep(f"{stage}/{name}", ptq(run.context, network.checkpoint, chosen), Checkpoint)
 
 
 def pruning_curves(run: Pipeline, baseline: Checkpoint) -> Report | None:

@@ -217,6 +217,8 @@ def _gpu_refuses(precision: Precision, capability: Version | None) -> str:
 
 
 def _version_refuses(precision: Precision, version: Version | None) -> str:
+    if precision is Precision.INT8_DYNAMIC:
+        return "only ONNX Runtime quantizes activations as they come"
     if version is None:
         return ""
     if precision is Precision.BF16 and version < BF16_TENSORRT:

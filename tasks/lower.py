@@ -2,7 +2,8 @@
 
 An int8 model gets the Q/DQ of its engine (``lowering.for_onnxruntime``, ``lowering.for_tensorrt``), fp16 and bf16
 models have their tensors converted (``lowering.float_types``). A float32 model suits every engine and passes
-unchanged, and so does one that TensorRT's own calibrator quantizes on the target.
+unchanged, and so does one that TensorRT's own calibrator quantizes on the target. For int8-dynamic ONNX Runtime's own
+tool quantizes the weights.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from prefect.cache_policies import NO_CACHE
 from jetway.configs.schema import Backend, Precision, QatConfig, Section, TensorRtConfig
 from jetway.tasks.artifacts import OnnxModel, StageOutput
 from jetway.tasks.calibration import calibration_batches
+from jetway.tasks.lowering.dynamic import quantize_dynamically
 from jetway.tasks.lowering.float_types import FloatTypes
 from jetway.tasks.lowering.for_onnxruntime import lower_for_onnxruntime
 from jetway.tasks.lowering.for_tensorrt import convert_all, lower_for_tensorrt
@@ -63,6 +65,8 @@ def lower_onnx(
     graph = Graph.load(context.store.open(model))
     if backend.takes_tensorrt_onnx:
         graph, more = _for_tensorrt(graph, precision, tensorrt, feeds, context.threads)
+    elif precision is Precision.INT8_DYNAMIC:
+        graph, more = quantize_dynamically(graph), {}
     elif precision.has_quantizers:
         graph, more = _for_onnxruntime(graph, feeds, context.threads)
     else:

@@ -124,6 +124,8 @@ def _onnxruntime_problems(
 def _onnxruntime_refuses(precision: Precision, backend: Backend) -> str:
     if precision is Precision.INT8_CALIBRATED:
         return "only TensorRT itself has a calibrator"
+    if precision is Precision.INT8_DYNAMIC and backend.uses_gpu:
+        return "dynamic quantization is for ONNX Runtime on a CPU"
     if backend.takes_tensorrt_onnx:
         return ""
     if precision is Precision.BF16 or (precision is Precision.FP16 and not backend.uses_gpu):

@@ -43,7 +43,11 @@ class Limits:
 
     @classmethod
     def of(cls, config: VerifyConfig, precision: Precision) -> Limits:
-        atols = {Precision.FP16: config.fp16_atol, Precision.BF16: config.bf16_atol}
+        atols = {
+            Precision.FP16: config.fp16_atol,
+            Precision.BF16: config.bf16_atol,
+            Precision.INT8_DYNAMIC: config.int8_atol,
+        }
         atol = config.int8_atol if precision.has_quantizers else atols.get(precision, config.atol)
         return cls(atol, config.rtol, config.argmax_agreement)
 

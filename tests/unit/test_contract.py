@@ -102,7 +102,7 @@ def test_versions_compare_as_numbers():
 def test_contract_of_a_board(board, name, refused, max_opset):
     contract = contract_of(info_of(*board))
     assert (contract.board.name if contract.board else None) == name
-    assert set(contract.refused) == refused
+    assert set(contract.refused) == {*refused, Precision.INT8_DYNAMIC}
     assert contract.parser.max_opset == max_opset
     assert contract.dla_cores == board[-1]
 
@@ -123,7 +123,11 @@ def test_a_precision_that_the_probe_does_not_list_is_refused():
     info = info_of(*ORIN)
     engine = info.engines["tensorrt"].model_copy(update={"precisions": ("fp32", "fp16", "int8")})
     changed = info.model_copy(update={"engines": {"tensorrt": engine}})
-    assert set(contract_of(changed).refused) == {Precision.BF16, Precision.INT8_CALIBRATED}
+    assert set(contract_of(changed).refused) == {
+        Precision.BF16,
+        Precision.INT8_CALIBRATED,
+        Precision.INT8_DYNAMIC,
+    }
 
 
 def test_a_recipe_that_fits_has_no_problems():

@@ -262,3 +262,19 @@ def test_what_the_tensorrt_recipe_says_of_a_nano_can_be_typed():
     recipe, _ = load_recipe("digits-tensorrt", [word for word in options if word != "--set"])
     assert recipe.export.opset == 13
     assert not any(variant.precision.is_int8 for variant in recipe.variants)
+
+
+def test_variants_may_name_a_calibration_and_an_engine(tmp_path):
+    names = [
+        "baseline-fp32",
+        "baseline-int8-ptq",
+        "baseline-int8-ptq-mse",
+        "pruned-int8-ptq-entropy-on-ort-cpu",
+    ]
+    recipe = load_recipe(write(tmp_path, variants=[*names, "baseline-int8-dynamic"]), [])[0]
+    assert [variant.name for variant in recipe.variants] == [*names, "baseline-int8-dynamic"]
+    assert recipe.variants[3].calibration == "entropy"
+    assert recipe.variants[3].on == "ort-cpu"
+    for wrong in ("baseline-int8-qat-mse", "baseline-int8-ptq-best", "baseline-fp32-max"):
+        with pytest.raises(ConfigError, match=r"unknown variant .*behind int8-ptq -max, -entropy"):
+            load_recipe(write(tmp_path, variants=["baseline-fp32", wrong]), [])

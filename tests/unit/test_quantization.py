@@ -84,9 +84,10 @@ def test_quantize_network_changes_the_outputs_a_little():
         ({"calibration": CalibrationMethod.MAX}, 10.0, 10.0),
         ({"calibration": CalibrationMethod.PERCENTILE, "percentile": 99.0}, 0.99, 1.05),
         ({"calibration": CalibrationMethod.ENTROPY}, 0.9, 10.0),
+        ({"calibration": CalibrationMethod.MSE}, 0.9, 10.1),
         ({"calibration": CalibrationMethod.MAX, "calibration_samples": 1}, 10.0, 10.0),
     ],
-    ids=["max", "percentile", "entropy", "one sample"],
+    ids=["max", "percentile", "entropy", "mse", "one sample"],
 )
 def test_calibration_sets_the_input_range(changes, lowest, highest):
     workload = Vectors()
@@ -159,7 +160,7 @@ class Idle(nn.Module):
         return self.used(x) + self.silent(torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("method", CalibrationMethod)
+@pytest.mark.parametrize("method", [m for m in CalibrationMethod if m is not CalibrationMethod.SMOOTHQUANT])
 def test_a_layer_without_a_range_stays_in_float(method, caplog):
     workload = Vectors(network=Idle())
     with caplog.at_level(logging.WARNING, "jetway"):
@@ -167,6 +168,33 @@ def test_a_layer_without_a_range_stays_in_float(method, caplog):
     assert enabled(network) == {"used.input_quantizer", "used.weight_quantizer"}
     assert "unused stays in float" in caplog.text
     assert "silent stays in float" in caplog.text
+
+
+def test_mse_finds_the_range_of_the_least_squared_error():
+    x = torch.rand(8000, 4, generator=torch.Generator().manual_seed(0))
+    x[5, 2] = 10.0
+
+    class Spread(Vectors):
+        def calibration_data(self):
+            return [({"x": row}, 0) for row in x]
+
+    chosen = section(calibration=CalibrationMethod.MSE, calibration_samples=len(x))
+    network = quantize_network(Spread().network(), Spread(), chosen)
+    found = float(network[0].input_quantizer.amax)
+
+    def error(largest):
+        step = largest / 127
+        return float(((x / step).round().clamp(-127, 127) * step - x).square().sum())
+
+    candidates = [float(x.abs().max()) * share / 100 for share in range(5, 101)]
+    assert error(found) < 1.02 * min(map(error, candidates))
+    assert found < 0.95 * float(x.abs().max())
+
+
+def test_smoothquant_wants_a_layer_norm():
+    workload = Vectors()
+    with pytest.raises(QuantizationError, match="smoothquant finds nothing to smooth"):
+        quantize_network(workload.network(), workload, section(calibration=CalibrationMethod.SMOOTHQUANT))
 
 
 def test_transposed_convolutions_have_their_output_channels_on_axis_1():
