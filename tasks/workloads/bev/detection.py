@@ -31,7 +31,7 @@ class Detections:
     centers: Array
 
 
-def find_objects(heatmap: Array, boxes: Array, grid: Grid, *, limit: int = 40) -> Detections:
+def find_objects(heatmap: Array, boxes: Array, grid: Grid, *, limit: int = 24) -> Detections:
     """The highest local maxima of a heatmap of logits [classes, cells, cells], placed by the offsets in ``boxes``."""
     peaks = np.where(heatmap >= _neighbourhood_maximum(heatmap), heatmap, -np.inf).ravel()
     best = np.argsort(-peaks, kind="stable")[:limit]
