@@ -62,6 +62,10 @@ class BevFusionWorkload(Workload):
         frames: int = 1600,
         evaluation_frames: int = 400,
     ) -> None:
+        if cells % 2:
+            raise ValueError(
+                f"cells is {cells}, but must be even: the map is also looked at in half its resolution"
+            )
         self.rig = Rig(cameras, (image_size[0], image_size[1]), view_degrees, pitch_degrees)
         self.grid = Grid(extent_m, cells, pillars=2 * cells)
         self.channels, self.blocks = channels, blocks

@@ -185,6 +185,18 @@ def test_a_token_sees_its_window_and_nothing_that_only_the_shift_brought_in(shif
     assert torch.equal(seen, expected)
 
 
+def test_windows_that_do_not_divide_the_map_are_refused_with_what_to_choose():
+    with pytest.raises(
+        ValueError, match=r"windows of 4x6 do not divide a feature map of 6x12.*choose another"
+    ):
+        BevFusionWorkload(**SMALL | {"window": (4, 6)}).network()
+
+
+def test_a_map_of_odd_size_is_refused():
+    with pytest.raises(ValueError, match="cells is 25, but must be even"):
+        BevFusionWorkload(cells=25)
+
+
 def test_lift_splat_is_what_a_loop_over_voxels_gives():
     rig, grid, bins = Rig(), Grid(), DepthBins(1.0, 18.0, 16)
     heights = (0.0, 1.5)
@@ -232,12 +244,15 @@ def test_pruned_and_quantized_it_still_agrees_with_its_onnx(workload, make_conte
     pruned = prune_network(context, baseline, config, FinetuneConfig()).handle
     check_pruned(load_network(workload, pruned, context.store))
     qat = QatConfig(calibration_samples=8)
-    for checkpoint, precision in [
-        (pruned, Precision.FP32),
-        (quantize_ptq(context, pruned, qat).handle, Precision.INT8_PTQ),
+    quantized = quantize_ptq(context, pruned, qat).handle
+    for checkpoint, precision, backend in [
+        (pruned, Precision.FP32, "ort-cpu"),
+        (pruned, Precision.FP16, "tensorrt"),
+        (quantized, Precision.INT8_PTQ, "ort-cpu"),
+        (quantized, Precision.INT8_PTQ, "tensorrt"),
     ]:
-        model = export_onnx(context, checkpoint, ExportConfig(), precision).handle
-        lowered = lower_onnx(context, model, BACKENDS["ort-cpu"], precision, qat, TensorRtConfig()).handle
+        model = export_onnx(context, checkpoint, ExportConfig(), precision.exported).handle
+        lowered = lower_onnx(context, model, BACKENDS[backend], precision, qat, TensorRtConfig()).handle
         verify_onnx(context, checkpoint, lowered, VerifyConfig(samples=4, int8_atol=0.15), precision)
 
 

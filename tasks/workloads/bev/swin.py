@@ -92,6 +92,11 @@ class Windows(nn.Module):
 
     def __init__(self, window: Size, size: Size, *, shifted: bool) -> None:
         super().__init__()
+        if size[0] % window[0] or size[1] % window[1]:
+            raise ValueError(
+                f"windows of {window[0]}x{window[1]} do not divide a feature map of {size[0]}x{size[1]}: its sides are "
+                "the image's divided by the stage's stride, 8, 16, ...; choose another window or image_size"
+            )
         self.window, self.size = window, size
         self.grid = (size[0] // window[0], size[1] // window[1])
         self.shift = (window[0] // 2, window[1] // 2) if shifted else (0, 0)
