@@ -245,15 +245,14 @@ def test_pruned_and_quantized_it_still_agrees_with_its_onnx(workload, make_conte
     check_pruned(load_network(workload, pruned, context.store))
     qat = QatConfig(calibration_samples=8)
     quantized = quantize_ptq(context, pruned, qat).handle
-    for checkpoint, precision, backend in [
-        (pruned, Precision.FP32, "ort-cpu"),
-        (pruned, Precision.FP16, "tensorrt"),
-        (quantized, Precision.INT8_PTQ, "ort-cpu"),
-        (quantized, Precision.INT8_PTQ, "tensorrt"),
+    for checkpoint, exported, forms in [
+        (pruned, Precision.FP32, {"ort-cpu": Precision.FP32, "tensorrt": Precision.FP16}),
+        (quantized, Precision.INT8_PTQ, dict.fromkeys(("ort-cpu", "tensorrt"), Precision.INT8_PTQ)),
     ]:
-        model = export_onnx(context, checkpoint, ExportConfig(), precision.exported).handle
-        lowered = lower_onnx(context, model, BACKENDS[backend], precision, qat, TensorRtConfig()).handle
-        verify_onnx(context, checkpoint, lowered, VerifyConfig(samples=4, int8_atol=0.15), precision)
+        model = export_onnx(context, checkpoint, ExportConfig(), exported).handle
+        for backend, precision in forms.items():
+            lowered = lower_onnx(context, model, BACKENDS[backend], precision, qat, TensorRtConfig()).handle
+            verify_onnx(context, checkpoint, lowered, VerifyConfig(samples=4, int8_atol=0.15), precision)
 
 
 def check_pruned(network):
