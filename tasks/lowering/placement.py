@@ -62,6 +62,8 @@ def unit_costs(unit: Unit, shapes: dict[str, Shape], *, quantized: bool) -> Cost
     """Estimated costs of one unit. ``quantized`` says whether its input and weight have quantizers."""
     if unit.operator in COMPUTE:
         return _compute_costs(unit, shapes, quantized=quantized)
+    if not unit.inputs:
+        return Costs(0.0, None, "no activations")
     elements = _elements(shapes.get(unit.output, ()))
     if unit.operator in ARITHMETIC | MOVEMENT | {"Relu"} and _is_integer_capable(unit):
         cost = _CALL_US + elements * _ELEMENT_US

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from jetway.tasks.errors import ExportError
 from jetway.tasks.onnx_graph import (
@@ -48,7 +48,7 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """An operator and the activation after it. ``inputs`` are activations only, without constants."""
+    """An operator and the activation after it. ``inputs`` are activations only: no constants, no shapes or indices."""
 
     node: NodeProto
     activation: NodeProto | None
@@ -94,6 +94,7 @@ def find_units(graph: Graph, shapes: dict[str, Shape]) -> list[Unit]:
     """The graph's operators in order, but for the DequantizeLinear of weights."""
     consumers = graph.consumers()
     constants = set(graph.constants) | {node.output[0] for node in weight_nodes(graph)}
+    others = constants | {name for name, kind in graph.element_types().items() if kind != TensorProto.FLOAT}
     units: list[Unit] = []
     absorbed: set[int] = set()
     for node in graph.nodes:
@@ -103,7 +104,7 @@ def find_units(graph: Graph, shapes: dict[str, Shape]) -> list[Unit]:
         limits = _limits(graph, activation) if activation is not None else None
         if activation is not None and limits is not None:
             absorbed.add(id(activation))
-        inputs = tuple(dict.fromkeys(name for name in node_inputs(node) if name not in constants))
+        inputs = tuple(dict.fromkeys(name for name in node_inputs(node) if name not in others))
         units.append(
             Unit(node, activation if limits else None, limits, inputs, macs=count_macs(node, shapes))
         )

@@ -263,8 +263,16 @@ def negative_clip(b: QdqBuilder) -> str:
     return b.classifier(b.convolution(t, 64, 64), 64)
 
 
+def reshaped_by_its_own_shape(b: QdqBuilder) -> str:
+    """Sizes are joined by Concat, as activations are, but are whole numbers."""
+    t = b.relu(b.convolution(b.relu(b.convolution("x", 3, 64)), 64, 64))
+    size = b.add("Slice", b.add("Shape", t), *(b.constant(np.array([i], np.int64)) for i in (0, 2)))
+    same = b.add("Concat", size, b.constant(np.array([32, 32], np.int64)), axis=0)
+    return b.classifier(b.convolution(b.add("Reshape", t, same), 64, 64), 64)
+
+
 FAMILIES = [
-    concatenated, with_swish, mobile, convolution_output, unknown_operator, negative_clip,
+    reshaped_by_its_own_shape, concatenated, with_swish, mobile, convolution_output, unknown_operator, negative_clip,
 ]  # fmt: skip
 
 
