@@ -462,6 +462,35 @@ class PowerConfig(Section):
     interval_ms: float = Field(default=100, ge=10, description="Time between two samples.")
 
 
+class StreamConfig(Section):
+    """Frames from their capture to their results, timed by step; the workload's ``frame_processing`` says how."""
+
+    source: str | None = Field(
+        default=None,
+        description="A video, an image or a folder of images, relative to the recipe; the evaluation data by default.",
+    )
+    frames: int = Field(default=672, ge=24, description="Frames of each variant; 662 is the least for a p99.")
+    frame_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = Field(
+        default=None,
+        description="Width and height that frames of the evaluation data are scaled to, such as a camera's; the "
+        "network's own by default.",
+    )
+    clip_frames: int = Field(
+        default=48, ge=1, description="Samples of the evaluation data that are sent again and again."
+    )
+    warmup_frames: int = Field(default=10, ge=1, description="Untimed frames of each variant.")
+    queue_frames: int = Field(
+        default=2, ge=1, le=64, description="Frames that may wait between two steps of the pipeline."
+    )
+    timeout_s: float = Field(default=600, gt=0, description="Longest session.")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> StreamConfig:
+        if self.source is not None and self.frame_size is not None:
+            raise ValueError("frame_size is for frames of the evaluation data; those of a source keep theirs")
+        return self
+
+
 class BenchmarkConfig(Section):
     """Runs every time: a measurement is never reused."""
 
@@ -475,6 +504,9 @@ class BenchmarkConfig(Section):
     )
     power: PowerConfig | None = Field(
         default=None, description="Measure watts and energy an inference, in a pass of its own."
+    )
+    stream: StreamConfig | None = Field(
+        default=None, description="Time frames from capture to results too, in a session of their own."
     )
     power_mode: str | None = Field(
         default=None,
@@ -744,6 +776,10 @@ class Recipe(Section):
                 "throughput" in self.benchmark.scenarios or self.benchmark.trtexec,
             ),
             "trtexec_": ("benchmark.trtexec: true", self.benchmark.trtexec),
+            **dict.fromkeys(
+                ("capture_", "preprocess_", "infer_", "postprocess_", "end_to_end_", "stream_"),
+                ("benchmark.stream: {}", self.benchmark.stream is not None),
+            ),
             **dict.fromkeys(
                 ("power_w_", "energy_", "inferences_per_joule"),
                 ("benchmark.power: {}", self.benchmark.power is not None),

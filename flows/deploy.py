@@ -3,8 +3,8 @@
 load ─┬─ analyze
       └─ sensitivity ── prune ── finetune ── sensitivity ── ptq ── qat      on the host, reused by content
                       └────────┴──────┴─ export ── verify      for each variant
-                                           └─ build ── benchmark ── evaluate    on each target
-                                                            └─ compare ── gate ── package
+                                           └─ build ── benchmark ── stream ── evaluate    on each target
+                                                                                   └─ compare ── gate ── package
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ from jetway.tasks.prune import prune
 from jetway.tasks.qat import ptq, qat
 from jetway.tasks.results import VariantResult
 from jetway.tasks.sensitivity import choice_notes, int8_sensitivity, pruning_sensitivity, with_chosen_layers
+from jetway.tasks.stream import stream
+from jetway.tasks.stream_result import StreamResult
 from jetway.tasks.target_info import TargetInfo
 from jetway.tasks.verify import verify
 
@@ -191,6 +193,7 @@ class Session:
     models: dict[str, OnnxModel]
     engines: dict[str, PrefectFuture[Engine]]
     benchmark: PrefectFuture[BenchmarkResult]
+    stream: PrefectFuture[StreamResult] | None
     evaluations: dict[str, PrefectFuture[Evaluation]]
 
 
@@ -206,13 +209,38 @@ def submit_session(run: Pipeline, target: Target, models: Models) -> Session:
         for name, model in own.items()
     }
     timed = benchmark.submit(context, target, engines, recipe.benchmark, return_state=False)
+    streamed = submit_stream(run, target, engines, timed) if recipe.benchmark.stream else None
     evaluations = {
         variant: evaluate.submit(
-            context, target, engine, recipe.evaluate, variant=variant, return_state=False, wait_for=[timed]
+            context,
+            target,
+            engine,
+            recipe.evaluate,
+            variant=variant,
+            return_state=False,
+            wait_for=[streamed or timed],
         )
         for variant, engine in engines.items()
     }
-    return Session(target, own, engines, timed, evaluations)
+    return Session(target, own, engines, timed, streamed, evaluations)
+
+
+def submit_stream(
+    run: Pipeline,
+    target: Target,
+    engines: dict[str, PrefectFuture[Engine]],
+    timed: PrefectFuture[BenchmarkResult],
+) -> PrefectFuture[StreamResult]:
+    """Frames through all engines, once the benchmark has left the target alone."""
+    return stream.submit(
+        run.context,
+        target,
+        engines,
+        run.recipe.benchmark,
+        run.stream_source,
+        return_state=False,
+        wait_for=[timed],
+    )
 
 
 def collect(session: Session, info: TargetInfo) -> Measured:
@@ -223,6 +251,7 @@ def collect(session: Session, info: TargetInfo) -> Measured:
         models=session.models,
         engines={variant: future.result() for variant, future in session.engines.items()},
         benchmark=session.benchmark.result(),
+        stream=session.stream.result() if session.stream else None,
         evaluations={variant: future.result() for variant, future in session.evaluations.items()},
     )
 

@@ -16,6 +16,7 @@ from jetway.configs.load import load_recipe, load_targets
 from jetway.configs.schema import Recipe, Stage, Target, Variant
 from jetway.tasks import environment
 from jetway.tasks.artifacts import Handle, StageOutput
+from jetway.tasks.clip import check_stream
 from jetway.tasks.gates import check_gate_metrics
 from jetway.tasks.results import metric_names
 from jetway.tasks.stage import FinishedStage, Progress, StageContext, no_progress
@@ -83,6 +84,11 @@ class Pipeline:
         given = self.recipe.workload.checkpoint
         return self.path.parent / given if given else None
 
+    @property
+    def stream_source(self) -> Path | None:
+        """The user's video or folder of images; None for frames of the evaluation data."""
+        return stream_source(self.recipe, self.path)
+
     def variant(self, name: str) -> Variant:
         return next(variant for variant in self.recipe.variants if variant.name == name)
 
@@ -110,6 +116,7 @@ def make_context(recipe: Recipe, path: Path, observer: Observer) -> StageContext
     """What the stages of this recipe use. Raises ConfigError for a workload or a gate that cannot be."""
     workload = load_workload(recipe.workload, search_path=[Path.cwd(), path.parent])
     known = metric_names(workload.metrics)
+    check_stream(recipe.benchmark.stream, stream_source(recipe, path), workload)
     check_gate_metrics(recipe.gates, known, [variant.name for variant in recipe.variants])
     return StageContext(
         workload,
@@ -121,6 +128,11 @@ def make_context(recipe: Recipe, path: Path, observer: Observer) -> StageContext
         progress=observer.progress,
         on_finish=observer.on_finish,
     )
+
+
+def stream_source(recipe: Recipe, path: Path) -> Path | None:
+    given = recipe.benchmark.stream.source if recipe.benchmark.stream else None
+    return path.parent / given if given else None
 
 
 @contextmanager

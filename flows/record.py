@@ -20,6 +20,7 @@ from jetway.tasks.passes import dla_layers_ratio, provider_notes, read_series
 from jetway.tasks.results import VariantResult, Verdict, drop_name, load_rows
 from jetway.tasks.stage import stage_seed
 from jetway.tasks.statistics import paired_drop
+from jetway.tasks.stream_result import StreamResult, stream_csv, stream_markdown
 from jetway.tasks.table import stage_table_markdown
 from jetway.tasks.target_info import TargetInfo
 from jetway.tasks.tracking.values import flat_params
@@ -55,6 +56,7 @@ class Measured:
     models: Mapping[str, OnnxModel]
     engines: Mapping[str, Engine]
     benchmark: BenchmarkResult
+    stream: StreamResult | None
     evaluations: Mapping[str, Evaluation]
 
 
@@ -84,7 +86,8 @@ def make_row(
 ) -> VariantResult:
     engine, evaluation = measured.engines[variant.name], measured.evaluations[variant.name]
     session = measured.benchmark
-    spans = session.variants[variant.name].intervals()
+    streamed = measured.stream.variants[variant.name] if measured.stream else None
+    spans = session.variants[variant.name].intervals() | (streamed.intervals() if streamed else {})
     return VariantResult(
         variant=variant.name,
         target=measured.target.name,
@@ -100,10 +103,11 @@ def make_row(
             "integer_macs_ratio": engine.metadata.get("integer_macs_ratio"),
             "dla_layers_ratio": dla_layers_ratio(engine.metadata),
             **session.metrics(variant.name),
+            **(streamed.metrics() if streamed else {}),
             **evaluation.metrics,
         },
         intervals={**spans, **drop_intervals(run, baseline, records_of(run, evaluation))},
-        validity=session.validity,
+        validity=session.validity.joined(measured.stream.validity) if measured.stream else session.validity,
         notes=(*provider_notes(engine.metadata), *session.notes(variant.name)),
     )
 
@@ -145,9 +149,7 @@ def conclude(
         for row in rows:
             if row.target == one.target.name:
                 log_row(run, one, row, networks[row.variant])
-    heading = f"{run.recipe.description}\n\n" if run.recipe.description else ""
-    heading += "".join(f"{note}\n\n" for note in run.notes)
-    run.tracker.describe(run.run_id, heading + stage_table_markdown(rows, metrics))
+    run.tracker.describe(run.run_id, description_of(run, stage_table_markdown(rows, metrics), measured))
     run.tracker.set_tags(run.run_id, {"gate": worst_gate(rows), "validity": validity_of(rows)})
     if any(row.simulated for row in rows):
         run.tracker.set_tags(run.run_id, {"simulated": "true"})
@@ -157,14 +159,34 @@ def conclude(
     return result
 
 
+def description_of(run: Pipeline, table: str, measured: Sequence[Measured]) -> str:
+    """What a reviewer reads first: the recipe's sentence, what was chosen, the stage table, and what frames cost."""
+    streams = [
+        stream_markdown(one.stream, where=f"{one.target.name}: {one.info.machine}")
+        for one in measured
+        if one.stream
+    ]
+    return "\n\n".join(text for text in (run.recipe.description, *run.notes, table, *streams) if text)
+
+
 def log_session(run: Pipeline, measured: Measured) -> None:
     """What belongs to a target as a whole: what it is, the session that timed its engines, every sample."""
     folder = f"targets/{measured.target.name}"
     run.tracker.log_json(run.run_id, f"{folder}/target.json", measured.info.model_dump(mode="json"))
     run.tracker.log_json(run.run_id, f"{folder}/benchmark.json", measured.benchmark.model_dump(mode="json"))
     run.log_files(run.run_id, {f"{folder}/samples.safetensors": measured.benchmark.samples})
+    log_stream(run, measured, folder)
     log_telemetry(run, measured, folder)
     log_layers(run, measured, folder)
+
+
+def log_stream(run: Pipeline, measured: Measured, folder: str) -> None:
+    """What frames cost by step, and the time of every single one."""
+    if measured.stream is None:
+        return
+    run.tracker.log_text(run.run_id, f"{folder}/stream.csv", stream_csv(measured.stream))
+    run.tracker.log_json(run.run_id, f"{folder}/stream.json", measured.stream.model_dump(mode="json"))
+    run.log_files(run.run_id, {f"{folder}/stream.safetensors": measured.stream.samples})
 
 
 def log_telemetry(run: Pipeline, measured: Measured, folder: str) -> None:

@@ -88,6 +88,12 @@ class Figure(Handle):
     kind: Literal["figure"] = "figure"
 
 
+class Clip(Handle):
+    """Frames for a target: a video, a zip file of images, or a .npy array [frames, height, width, channels]."""
+
+    kind: Literal["clip"] = "clip"
+
+
 class Package(Handle):
     """A zip file with all that a device needs to run an engine without Jetway."""
 

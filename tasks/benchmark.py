@@ -74,7 +74,7 @@ def _request(
     inputs = push_handle(context, session, example_inputs(context), stage=stage_name(session.target.name))
     threads = next(iter(engines.values())).metadata["threads"]
     return {
-        **config.model_dump(mode="json", exclude={"timeout_s"}),
+        **config.model_dump(mode="json", exclude={"timeout_s", "stream"}),
         **session.target.power_settings(config),
         "engines": [_entry(engine, inputs, name) for name, engine in engines.items()],
         "canary": _canary_entry(context, session, threads),

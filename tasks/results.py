@@ -39,6 +39,15 @@ MEASURED_METRICS = (
     "in_flight_latency_ms_p99",
     "in_flight_gpu_compute_ms_p50",
     "trtexec_gpu_compute_ratio",
+    # of frames, from capture to results
+    "capture_ms_p50",
+    "preprocess_ms_p50",
+    "infer_ms_p50",
+    "postprocess_ms_p50",
+    "end_to_end_ms_p50",
+    "end_to_end_ms_p99",
+    "stream_fps",
+    "stream_fps_pipelined",
     # of the power pass
     "power_w_mean",
     "power_w_peak",
@@ -60,6 +69,12 @@ TIMING_PREFIXES = (
     "throughput_",
     "in_flight_",
     "trtexec_",
+    "capture_",
+    "preprocess_",
+    "infer_",
+    "postprocess_",
+    "end_to_end_",
+    "stream_",
     "power_",
     "energy_",
     "inferences_per_joule",
@@ -81,6 +96,10 @@ class Validity(_Value):
 
     valid: bool = True
     reasons: tuple[str, ...] = ()
+
+    def joined(self, other: Validity) -> Validity:
+        """Of both together."""
+        return Validity(valid=self.valid and other.valid, reasons=self.reasons + other.reasons)
 
 
 class GateVerdict(_Value):

@@ -71,6 +71,13 @@ def _weighted_percentiles(ordered: Integers, weights: Integers, percents: Sequen
     return np.asarray(ordered[np.searchsorted(cumulative, ranks)], dtype=np.float64)
 
 
+def rate(counts: Integers, seconds: Floats, *, seed: int) -> tuple[float, Interval]:
+    """What was counted a second over all rounds, with its interval by bootstrap over rounds."""
+    picks = np.random.default_rng(seed).integers(len(counts), size=(RESAMPLES, len(counts)))
+    rates = counts[picks].sum(axis=1) / seconds[picks].sum(axis=1)
+    return float(counts.sum() / seconds.sum()), _interval(rates)
+
+
 def paired_drop(
     baseline: Sequence[Mapping[str, Any]],
     records: Sequence[Mapping[str, Any]],

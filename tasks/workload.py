@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, default_collate
 from jetway.configs.schema import WorkloadConfig
 from jetway.tasks.artifacts import json_sha256
 from jetway.tasks.errors import ConfigError, WorkloadError
+from jetway.tasks.frames import FrameProcessing
 from jetway.tasks.metrics import Metric
 from jetway.tasks.sources import describe_error, find_workload, source_digests
 
@@ -93,6 +94,13 @@ class Workload(ABC):
         """Batches samples; override it for ragged inputs or targets."""
         inputs, target = default_collate(samples)
         return inputs, target
+
+    def frame_processing(self) -> FrameProcessing | None:
+        """How a camera's frame becomes the input and the outputs become results, for ``benchmark.stream``.
+
+        None, the default, where the network does not work on frames.
+        """
+        return None
 
     def input_names(self) -> tuple[str, ...]:
         return tuple(self.example_inputs())

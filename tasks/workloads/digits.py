@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from jetway.data.digits import Augmentation, Digits
+from jetway.data.digits import DEVIATION, MEAN, Augmentation, Digits
+from jetway.tasks.frames import Classes, FrameInput, FrameProcessing
 from jetway.tasks.metrics import Metric
 from jetway.tasks.workload import Inputs, Outputs, Workload
 
@@ -60,6 +61,18 @@ class DigitsClassifier(Workload):
 
     def evaluation_data(self) -> Digits:
         return Digits("evaluation", self.size)
+
+    def frame_processing(self) -> FrameProcessing:
+        return FrameProcessing(
+            input=FrameInput(
+                name="image",
+                size=(self.size, self.size),
+                colour="gray",
+                mean=(255 * MEAN,),
+                deviation=(255 * DEVIATION,),
+            ),
+            results=Classes(output="logits"),
+        )
 
     def loss(self, outputs: Outputs, target: Tensor) -> Tensor:
         return functional.cross_entropy(outputs["logits"], target)

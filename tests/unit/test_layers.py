@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STAGES = {
     "load", "analyze", "prune", "finetune", "qat", "sensitivity", "export", "lower", "verify",
-    "preflight", "build", "benchmark", "evaluate", "compare", "package",
+    "preflight", "build", "benchmark", "stream", "evaluate", "compare", "package",
 }  # fmt: skip
 VALUES = {"artifacts", "metrics"}
 HOMES = {

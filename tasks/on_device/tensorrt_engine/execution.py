@@ -211,6 +211,7 @@ class Lane:
         self._memory = {}  # type: Dict[str, Memory]
         self._enqueue_on = None  # type: Any
         self._graphs = []  # type: List[Any]
+        self._query = None  # type: Any
 
     def prepare(self, inputs: Dict[str, Tensor]) -> None:
         """Sets the shapes, takes the memory, and puts the inputs where copies start from."""
@@ -303,9 +304,12 @@ class Lane:
         return call
 
     def query(self) -> Call:
-        """All of a query as one call that waits for its end."""
-        steps = self.copies_in(self.stream) + [self._launch()] + self.copies_out(self.stream)
-        return in_turn(steps + [self.stream.synchronize])
+        """All of a query as one call that waits for its end; the same as long as the shapes are."""
+        if self._query is None:
+            steps = self.copies_in(self.stream) + [self._launch()] + self.copies_out(self.stream)
+            self._query = in_turn(steps + [self.stream.synchronize])
+        query = self._query  # type: Call
+        return query
 
     def layers(self, runs: int) -> Any:
         information = engine_information(self.session.engine, self.context)
@@ -331,7 +335,7 @@ class Lane:
     def _release(self) -> None:
         for held in self._graphs + list(self._memory.values()):
             held.close()
-        self._graphs, self._memory, self._shapes = [], {}, None
+        self._graphs, self._memory, self._shapes, self._query = [], {}, None, None
 
     def close(self) -> None:
         self._release()
