@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from jetway.data.digits import Split, split_indices
+from jetway.tasks.frames import FrameInput
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -31,7 +32,7 @@ _INK = 0.35
 #: Tries to find a free place for a digit before it is left out.
 _TRIES = 12
 #: Brightness in grey levels that becomes 0, and what becomes 1.
-_MEAN, _DEVIATION = 128.0, 64.0
+MEAN, DEVIATION = 128.0, 64.0
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,14 @@ def scenes(split: Split, config: SceneConfig, count: int) -> tuple[Scene, ...]:
     return tuple(render_scene(split, config, index) for index in range(count))
 
 
+def image_input(size: int) -> FrameInput:
+    """How a frame becomes the input of a network on scenes or crops of them."""
+    return FrameInput(name="image", size=(size, size), mean=(MEAN,) * 3, deviation=(DEVIATION,) * 3)
+
+
 def normalized(image: Bytes) -> Tensor:
     """Bytes [3, H, W] as the float32 that networks take."""
-    return (torch.from_numpy(image).float() - _MEAN) / _DEVIATION
+    return (torch.from_numpy(image).float() - MEAN) / DEVIATION
 
 
 class DetectionScenes(Dataset[tuple[dict[str, Tensor], dict[str, Tensor]]]):

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jetway.data.digits import Split
-from jetway.data.scenes import CLASSES, DetectionScenes, SceneConfig
+from jetway.data.scenes import CLASSES, DetectionScenes, SceneConfig, image_input
 from jetway.tasks.average_precision import match_detections, mean_average_precision
+from jetway.tasks.frames import Boxes, FrameProcessing
 from jetway.tasks.metrics import Metric
 from jetway.tasks.workload import Inputs, Outputs, Record, Workload
 
@@ -81,6 +82,18 @@ class SceneDetector(Workload):
     def evaluation_data(self) -> DetectionScenes:
         return self._scenes("evaluation")
 
+    def frame_processing(self) -> FrameProcessing:
+        return FrameProcessing(
+            input=image_input(self.size),
+            results=Boxes(
+                class_logits="class_logits",
+                distances="distances",
+                strides=self.cells.strides,
+                min_score=MIN_SCORE,
+                max_iou=MAX_IOU,
+            ),
+        )
+
     def loss(self, outputs: Outputs, target: dict[str, Tensor]) -> Tensor:
         return detection_loss(outputs["class_logits"], outputs["distances"], target, self.cells)
 
@@ -102,6 +115,7 @@ class Cells:
     """The places that predict: ``centres`` [cells, 2] as x, y in pixels, and the ``stride`` [cells] of each."""
 
     def __init__(self, size: int, strides: Sequence[int]) -> None:
+        self.strides = tuple(strides)
         centres = [_cell_centres(size // stride, stride) for stride in strides]
         self.centres = torch.cat(centres)
         self.stride = torch.cat(

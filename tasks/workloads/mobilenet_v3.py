@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jetway.data.digits import Split
-from jetway.data.scenes import CLASSES, DigitCrops, SceneConfig
+from jetway.data.scenes import CLASSES, DigitCrops, SceneConfig, image_input
+from jetway.tasks.frames import Classes, FrameProcessing
 from jetway.tasks.metrics import Metric
 from jetway.tasks.workload import Inputs, Outputs, Workload
 
@@ -108,6 +109,12 @@ class CropClassifier(Workload):
 
     def evaluation_data(self) -> DigitCrops:
         return self._crops("evaluation")
+
+    def frame_processing(self) -> FrameProcessing:
+        return FrameProcessing(
+            input=image_input(self.size),
+            results=Classes(output="logits"),
+        )
 
     def loss(self, outputs: Outputs, target: Tensor) -> Tensor:
         return functional.cross_entropy(outputs["logits"], target)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jetway.data.digits import Split
-from jetway.data.scenes import CLASSES, SceneConfig, SegmentationScenes
+from jetway.data.scenes import CLASSES, SceneConfig, SegmentationScenes, image_input
+from jetway.tasks.frames import FrameProcessing, Masks
 from jetway.tasks.metrics import Metric
 from jetway.tasks.workload import Inputs, Outputs, Record, Workload
 
@@ -70,6 +71,12 @@ class SceneSegmenter(Workload):
 
     def evaluation_data(self) -> SegmentationScenes:
         return self._scenes("evaluation")
+
+    def frame_processing(self) -> FrameProcessing:
+        return FrameProcessing(
+            input=image_input(self.size),
+            results=Masks(output="logits"),
+        )
 
     def loss(self, outputs: Outputs, target: Tensor) -> Tensor:
         logits = upsample(outputs["logits"], self.size)

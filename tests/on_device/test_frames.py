@@ -15,7 +15,10 @@ from jetway.tasks.clip import evaluation_frames
 from jetway.tasks.frames import FrameInput
 from jetway.tasks.on_device.errors import DeviceError
 from jetway.tasks.on_device.frames import pipeline, postprocess, preprocess, resize, source
+from jetway.tasks.workloads.detector import SceneDetector, decode_detections
 from jetway.tasks.workloads.digits import DigitsClassifier
+from jetway.tasks.workloads.mobilenet_v3 import CropClassifier
+from jetway.tasks.workloads.segmenter import SceneSegmenter, upsample
 
 
 def picture(height=12, width=20, channels=3, seed=0):
@@ -301,3 +304,44 @@ def test_a_step_that_fails_ends_all(step):
     one, _ = slow_pipeline(0.0, **{step: 3})
     with pytest.raises(DeviceError, match="broken"):
         pipeline.run_side_by_side(one, 50, 1)
+
+
+@pytest.mark.parametrize("made", [SceneDetector, SceneSegmenter, CropClassifier])
+def test_frames_of_scenes_become_samples(made):
+    workload = made(scenes=(2, 2, 2))
+    prepare = preprocess.Preprocessor(workload.frame_processing().input.model_dump(mode="json"))
+    frames = evaluation_frames(workload, StreamConfig(clip_frames=2))
+    for index, frame in enumerate(frames):
+        sample = workload.evaluation_data()[index][0]["image"].numpy()
+        np.testing.assert_allclose(prepare(frame)[0][0], sample, atol=1e-6)
+
+
+def test_boxes_on_the_device_are_those_that_the_host_scores():
+    """Of a detector without training, whose many boxes overlap."""
+    torch.manual_seed(0)
+    workload = SceneDetector(size=64, widths=(16, 32, 32), neck=32, scenes=(1, 1, 2))
+    declared = workload.frame_processing()
+    finish = postprocess.postprocess_of(declared.results.model_dump(mode="json"), declared.input.size)
+    generator = np.random.default_rng(0)
+    cells = len(workload.cells.stride)
+    outputs = {
+        "class_logits": generator.normal(-2, 2, (1, 10, cells)).astype(np.float32),
+        "distances": generator.uniform(0, 3, (1, 4, cells)).astype(np.float32),
+    }
+    found = finish(outputs, anywhere(64, 64))
+    boxes, scores, labels = decode_detections(
+        outputs["class_logits"][0], outputs["distances"][0], workload.cells
+    )
+    assert len(boxes) > 20
+    assert found["labels"].tolist() == labels.tolist()
+    np.testing.assert_allclose(found["scores"], scores)
+    np.testing.assert_allclose(found["boxes"], np.clip(boxes, 0, 64), atol=1e-4)
+
+
+def test_masks_on_the_device_are_those_that_the_host_scores():
+    workload = SceneSegmenter(size=32, scenes=(1, 1, 1))
+    declared = workload.frame_processing()
+    finish = postprocess.postprocess_of(declared.results.model_dump(mode="json"), declared.input.size)
+    logits = np.random.default_rng(0).standard_normal((1, 11, 8, 8)).astype(np.float32)
+    mask = finish({"logits": logits}, anywhere())["mask"]
+    assert (mask == upsample(torch.from_numpy(logits), 32)[0].argmax(dim=0).numpy()).all()
