@@ -244,6 +244,10 @@ class CalibrationMethod(StrEnum):
     SMOOTHQUANT = "smoothquant"
 
 
+#: The set that ``calibration_data`` of a workload returns.
+DEFAULT_CALIBRATION_SET = "default"
+
+
 class QatConfig(TrainingSection):
     """PTQ calibrates; QAT trains on from there. The int8 variants share this section."""
 
@@ -257,6 +261,10 @@ class QatConfig(TrainingSection):
     percentile: float = Field(default=99.9, gt=50, le=100, description="For calibration: percentile.")
     calibration_samples: int = Field(
         default=128, ge=1, description="Samples of the calibration data that set the ranges, at most."
+    )
+    calibration_set: Name = Field(
+        default=DEFAULT_CALIBRATION_SET,
+        description="Which of the workload's calibration_sets, such as one a scene; its calibration_data by default.",
     )
     keep_float: tuple[str, ...] | Literal["auto"] = Field(
         default=(),
@@ -361,6 +369,9 @@ class TensorRtCalibration(Section):
         default="entropy", description="entropy suits convolutional networks, minmax transformers."
     )
     samples: int = Field(default=128, ge=1, description="Samples of the calibration data, at most.")
+    calibration_set: Name = Field(
+        default=DEFAULT_CALIBRATION_SET, description="Which of the workload's calibration_sets."
+    )
 
 
 class TensorRtConfig(Section):

@@ -34,6 +34,7 @@ from jetway.tasks.analyze import analyze
 from jetway.tasks.artifacts import Checkpoint, Engine, OnnxModel, Package, Report
 from jetway.tasks.benchmark import benchmark
 from jetway.tasks.build import build
+from jetway.tasks.calibrate import calibrate, calibration_sets
 from jetway.tasks.compare import compare
 from jetway.tasks.evaluate import evaluate
 from jetway.tasks.export import export
@@ -85,6 +86,7 @@ def deploy(
 def make_networks(run: Pipeline) -> dict[str, Network]:
     """A trained network for each variant of the recipe, in the recipe's order."""
     context, recipe = run.context, run.recipe
+    check_calibration(run)
     baseline = run.keep("load", load(context, run.checkpoint, recipe.train), Checkpoint)
     analysis = analyze(context, baseline, recipe.analyze)
     run.keep("analyze", analysis, Report)
@@ -97,6 +99,12 @@ def make_networks(run: Pipeline) -> dict[str, Network]:
     return {variant.name: networks[variant.stage][variant.name] for variant in recipe.variants}
 
 
+def check_calibration(run: Pipeline) -> None:
+    """The calibration sets as artifacts, and refused before anything is trained."""
+    for section in calibration_sets(run.recipe):
+        run.keep(f"calibration/{section.calibration_set}", calibrate(run.context, section), Report)
+
+
 def quantize(run: Pipeline, stage: Stage, network: Network, teacher: Checkpoint) -> dict[str, Network]:
     """The network of each variant: the float one itself, PTQ by each calibration, and QAT, which goes on from PTQ."""
     variants = run.variants(stage)
@@ -106,7 +114,7 @@ def quantize(run: Pipeline, stage: Stage, network: Network, teacher: Checkpoint)
         return networks
     config = float_layers(run, stage, network.checkpoint)
     methods = dict.fromkeys(variant.calibration or config.calibration for variant in quantized)
-    calibrated = {method: calibrate(run, stage, network, config, method) for method in methods}
+    calibrated = {method: ptq_by(run, stage, network, config, method) for method in methods}
     for variant in quantized:
         networks[variant.name] = network.quantized(calibrated[variant.calibration or config.calibration])
     if any(variant.precision is Precision.INT8_QAT for variant in quantized):
@@ -116,7 +124,7 @@ def quantize(run: Pipeline, stage: Stage, network: Network, teacher: Checkpoint)
     return networks
 
 
-def calibrate(
+def ptq_by(
     run: Pipeline, stage: Stage, network: Network, config: QatConfig, method: CalibrationMethod
 ) -> Checkpoint:
     """PTQ by one method; those besides the recipe's own are kept under their names."""

@@ -39,6 +39,7 @@ class LowerSection(Section):
     backend: Backend
     precision: Precision
     calibration_samples: int
+    calibration_set: str
     qat_revision: int
     tensorrt: dict[str, Any]
     revision: int = REVISION
@@ -61,7 +62,7 @@ def lower_onnx(
     facts: dict[str, Any] = {"precision": str(precision)}
     if precision in UNCHANGED:
         return StageOutput(handle=model.model_copy(update={"metadata": model.metadata | facts}))
-    feeds = calibration_feeds(context, config.calibration_samples)
+    feeds = calibration_feeds(context, config.calibration_samples, config.calibration_set)
     graph = Graph.load(context.store.open(model))
     if backend.takes_tensorrt_onnx:
         graph, more = _for_tensorrt(graph, precision, tensorrt, feeds, context.threads)
@@ -84,13 +85,14 @@ def lower_section(
         backend=backend,
         precision=precision,
         calibration_samples=config.calibration_samples,
+        calibration_set=config.calibration_set,
         qat_revision=config.revision,
         tensorrt=tensorrt.model_dump(mode="json", include=used),
     )
 
 
-def calibration_feeds(context: StageContext, samples: int) -> Iterator[dict[str, Array]]:
-    for inputs in calibration_batches(context.workload, samples):
+def calibration_feeds(context: StageContext, samples: int, name: str) -> Iterator[dict[str, Array]]:
+    for inputs in calibration_batches(context.workload, samples, name):
         yield {name: tensor.numpy() for name, tensor in inputs.items()}
 
 

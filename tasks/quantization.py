@@ -24,8 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jetway.configs.schema import CalibrationMethod, Precision, QatConfig, Section
+from jetway.configs.schema import (
+    DEFAULT_CALIBRATION_SET,
+    CalibrationMethod,
+    Precision,
+    QatConfig,
+    Section,
+)
 from jetway.tasks.artifacts import Checkpoint
+from jetway.tasks.calibration import calibration_set
 from jetway.tasks.checkpoint import build_network, checkpoint_record, load_network, load_weights, read_tensors
 from jetway.tasks.errors import ArtifactError, ConfigError, QuantizationError
 from jetway.tasks.smoothing import smooth_linear_layers
@@ -63,6 +70,7 @@ class CalibrationSection(Section):
     calibration: CalibrationMethod
     percentile: float
     calibration_samples: int
+    calibration_set: str = DEFAULT_CALIBRATION_SET
     keep_float: tuple[str, ...]
 
 
@@ -93,9 +101,7 @@ def quantize_network(
     _insert_quantizers(network)
     quantizers = _enable(network, layers, histogram=section.calibration in _FROM_HISTOGRAMS)
     network.to(device)
-    _collect(
-        network, quantizers, _calibration_inputs(workload, section.calibration_samples, device), workload
-    )
+    _collect(network, quantizers, _calibration_inputs(workload, section, device), workload)
     _set_ranges(network, layers, section)
     return network.to("cpu")
 
@@ -211,14 +217,9 @@ def _channel_axis(layer: nn.Module) -> int:
     return 1 if isinstance(layer, _TRANSPOSED) else 0
 
 
-def _calibration_inputs(workload: Workload, samples: int, device: str) -> Iterator[Inputs]:
-    data = workload.calibration_data()
-    if len(data) == 0:  # type: ignore[arg-type]
-        raise QuantizationError(
-            f"{type(workload).__qualname__}.calibration_data() is empty, and int8 takes its ranges from it. "
-            "Return some hundred typical samples that are not evaluation data."
-        )
-    for inputs, _ in batches(workload, data, _CALIBRATION_BATCH, limit=samples):
+def _calibration_inputs(workload: Workload, section: CalibrationSection, device: str) -> Iterator[Inputs]:
+    data = calibration_set(workload, section.calibration_set)
+    for inputs, _ in batches(workload, data, _CALIBRATION_BATCH, limit=section.calibration_samples):
         yield {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
@@ -243,7 +244,7 @@ def _collect(
 
 
 def _smooth(network: nn.Module, workload: Workload, section: CalibrationSection, device: str) -> None:
-    inputs = list(_calibration_inputs(workload, section.calibration_samples, device))
+    inputs = list(_calibration_inputs(workload, section, device))
     smoothed = smooth_linear_layers(network, inputs, workload.output_names)
     if not smoothed:
         raise QuantizationError(

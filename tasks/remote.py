@@ -136,7 +136,9 @@ def _push_calibration(
     """Paths on the target of the batches that TensorRT's own calibrator reads; none for other precisions."""
     if precision is not Precision.INT8_CALIBRATED:
         return []
-    batches = calibration_batches(context.workload, config.calibration.samples)
+    batches = calibration_batches(
+        context.workload, config.calibration.samples, config.calibration.calibration_set
+    )
     return [push_handle(context, session, save_inputs(context, batch), stage=stage) for batch in batches]
 
 

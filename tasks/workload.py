@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from jetway.configs.schema import WorkloadConfig
+from jetway.configs.schema import DEFAULT_CALIBRATION_SET, WorkloadConfig
 from jetway.tasks.artifacts import json_sha256
+from jetway.tasks.control_flow import check_control_flow
 from jetway.tasks.errors import ConfigError, WorkloadError
 from jetway.tasks.frames import FrameProcessing
 from jetway.tasks.metrics import Metric
@@ -74,6 +75,18 @@ class Workload(ABC):
     def qat_data(self) -> Dataset[Sample]:
         """Training data for QAT; override it to use weaker augmentation."""
         return self.train_data()
+
+    def calibration_sets(self) -> dict[str, Dataset[Sample]]:
+        """Calibration data by name, for recipes that choose among them (``qat.calibration_set``), such as by scene."""
+        return {DEFAULT_CALIBRATION_SET: self.calibration_data()}
+
+    def scene_of(self, inputs: Inputs, target: Any) -> str:
+        """What a sample shows, in a word, for the coverage of calibration sets. The default serves classification."""
+        try:
+            label = int(target)
+        except (TypeError, ValueError, RuntimeError):
+            return "all"
+        return self.labels[label] if 0 <= label < len(self.labels) else str(label)
 
     def score_sample(self, outputs: Mapping[str, np.ndarray[Any, Any]], target: Any) -> Record:
         """What one sample adds to the metrics; ``outputs`` are without batch dimension.
@@ -139,7 +152,10 @@ def plain_kernels() -> Iterator[None]:
 
 
 def check_workload(workload: Workload) -> None:
-    """Runs the untrained network once on the example inputs. Raises WorkloadError with what is wrong."""
+    """Runs the untrained network on the example inputs, and looks at a sample of the data sets that an engine sees.
+
+    Raises WorkloadError with what is wrong.
+    """
     name = type(workload).__qualname__
     with _explained(f"{name}.example_inputs() fails"):
         inputs = workload.example_inputs()
@@ -154,7 +170,44 @@ def check_workload(workload: Workload) -> None:
     if not isinstance(network, nn.Module):
         raise WorkloadError(f"{name}.network() returned {_describe(network)}. Return a torch.nn.Module.")
     with _explained(f"{name}: its network fails on its own example_inputs {shapes}"), torch.no_grad():
-        call_network(network.eval(), inputs, workload.output_names)
+        outputs = call_network(network.eval(), inputs, workload.output_names)
+        check_control_flow(network, inputs)
+    _check_labels(workload, outputs)
+    for source in ("calibration_data", "evaluation_data"):
+        _check_sample(workload, source, inputs)
+
+
+def _check_labels(workload: Workload, outputs: Outputs) -> None:
+    """The labels of a classifier against the columns of its first output."""
+    name, output = next(iter(outputs.items()))
+    if workload.labels and output.dim() == 2 and output.shape[1] != len(workload.labels):
+        raise WorkloadError(
+            f"{type(workload).__qualname__}.labels has {len(workload.labels)} names, but the output {name!r} has "
+            f"{output.shape[1]} columns. Give one name a class, in the order of the outputs."
+        )
+
+
+def _check_sample(workload: Workload, source: str, expected: Inputs) -> None:
+    """A first sample against the example inputs, whose shape an engine is built for; empty sets are seen later."""
+    name = f"{type(workload).__qualname__}.{source}()"
+    with _explained(f"{name} fails"):
+        data = getattr(workload, source)()
+        if len(data) == 0:
+            return
+        inputs, _ = workload.collate([data[0]])
+    if set(inputs) != set(expected):
+        raise WorkloadError(
+            f"{name} gives the inputs {sorted(inputs)}, example_inputs() has {sorted(expected)}. "
+            "Use the same names in both."
+        )
+    for key, tensor in inputs.items():
+        given, wanted = tuple(tensor.shape[1:]), tuple(expected[key].shape[1:])
+        if given != wanted or tensor.dtype != expected[key].dtype:
+            raise WorkloadError(
+                f"{name} gives {key!r} as {tensor.dtype} {list(given)}, example_inputs() has "
+                f"{expected[key].dtype} {list(wanted)} behind the batch. An engine takes one shape and type: resize, "
+                "pad or convert the samples, or correct example_inputs()."
+            )
 
 
 @contextmanager
