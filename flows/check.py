@@ -7,13 +7,25 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from jetway.configs.schema import BenchmarkConfig, EngineName, Precision, Recipe, Stage, Target
+from jetway.configs.schema import (
+    BenchmarkConfig,
+    DistillationConfig,
+    EngineName,
+    Precision,
+    Recipe,
+    Stage,
+    Target,
+)
 from jetway.flows.pipeline import Observer, make_context
+from jetway.tasks.calibrate import calibration_sets
+from jetway.tasks.calibration import calibration_set
 from jetway.tasks.contract import Contract, JetPack, contract_of
 from jetway.tasks.depth import matching_containers
 from jetway.tasks.errors import ConfigError
 from jetway.tasks.export import onnx_node_names
+from jetway.tasks.features import feature_names
 from jetway.tasks.load import NO_BASELINE, checkpoint_input
 from jetway.tasks.lowering.for_tensorrt import check_patterns
 from jetway.tasks.patterns import matching_attention, matching_names, prunable_names
@@ -53,14 +65,23 @@ def check_recipe_fits(recipe: Recipe, path: Path, workload: Workload) -> None:
         matching_attention(recipe.prune.head_ratios, network, "prune.head_ratios")
         if recipe.prune.depth:
             matching_containers(network, workload.example_inputs(), workload.output_names, recipe.prune.depth)
+        check_features(recipe.finetune.distillation, network)
     if any(variant.precision.has_quantizers for variant in recipe.variants):
         matching_modules(network, recipe.qat.float_patterns, key="qat.keep_float")
+        check_features(recipe.qat.distillation, network)
+    for section in calibration_sets(recipe):
+        calibration_set(workload, section.calibration_set)
     if recipe.tensorrt.mixed:
         check_patterns(recipe.tensorrt.mixed, onnx_node_names(workload, recipe.export))
     shapes = {name: tuple(tensor.shape) for name, tensor in workload.example_inputs().items()}
     problems = list(profile_problems(recipe, shapes))
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def check_features(distillation: DistillationConfig | None, network: nn.Module) -> None:
+    if distillation:
+        feature_names(distillation.features, network, network)
 
 
 def probe(target: Target, benchmark: BenchmarkConfig | None = None) -> TargetInfo:

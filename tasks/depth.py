@@ -48,7 +48,8 @@ def prune_depth(context: StageContext, network: nn.Module, config: DepthConfig) 
     batches = list(training_batches(context, config.samples, BATCH_SIZE))
     rounds: list[Round] = []
     for container, keep in containers.items():
-        blocks = find_blocks(network, inputs, names)[container]
+        # a container inside of a block that went has none
+        blocks = find_blocks(network, inputs, names).get(container, {})
         while len(blocks) > keep:
             importances = _measure(context, network, list(blocks), batches, config)
             least = min(importances, key=lambda name: importances[name])

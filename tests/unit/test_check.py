@@ -35,6 +35,28 @@ def test_a_profile_of_another_shape_is_refused_before_training(small_workload):
         check_recipe_fits(recipe(profiles=[{"x": shapes}]), Path("r.yaml"), small_workload())
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prune": {"depth": {"keep": {"blcks": 2}}}}, r"prune\.depth\.keep: 'blcks' .*Nearest: 'blocks'"),
+        ({"prune": {"head_ratios": {"attn": 0.5}}}, r"prune\.head_ratios: 'attn' .*blocks\.0\.attn"),
+        ({"qat": {"distillation": {"features": ["blcks"]}}}, r"distillation\.features: 'blcks' .*blocks"),
+        ({"qat": {"calibration_set": "night"}}, r"calibration_sets\(\) has no 'night'. It has default"),
+    ],
+    ids=["depth", "heads", "features", "calibration set"],
+)
+def test_what_compression_cannot_find_is_refused_before_training(small_workload, changes, message):
+    asked = Recipe(
+        name="r",
+        workload={"class_path": "small_networks:SmallWorkload"},
+        train={},
+        variants=["baseline-fp32", "pruned-int8-qat"],
+        **changes,
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_recipe_fits(asked, Path("r.yaml"), small_workload(network="Swin"))
+
+
 def info(**changes):
     gpu = {"name": "ga10b", "compute_capability": "8.7", "multiprocessors": 16}
     tensorrt = {"available": True, "version": "10.3.0", "gpu": gpu, "dla_cores": 2}
