@@ -72,7 +72,11 @@ def test_override_reaches_a_nested_key(tmp_path):
             ["export.opset is 11", "13 or more"],
         ),
         ({}, ["export.opset=21"], ["export.opset", "21", "less than or equal to 20"]),
-        ({}, ["prune.pruning_ratio=1.0"], ["prune.pruning_ratio: 1.0 is not allowed", "less than 1", "'auto'"]),
+        (
+            {},
+            ["prune.pruning_ratio=1.0"],
+            ["prune.pruning_ratio: 1.0 is not allowed", "less than 1", "'auto'"],
+        ),
         ({}, ["prune.pruning_ratio=auto"], ["prune", "target_macs_ratio asks for: set that too"]),
         ({}, ["qat=3"], ["qat: 3 is not allowed", "calibration_samples", "learning_rate"]),
         ({}, ["train=fast"], ["train: 'fast' is not allowed", "batch_size, ema_decay, epochs"]),
