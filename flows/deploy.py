@@ -48,7 +48,7 @@ from jetway.tasks.preflight import preflight
 from jetway.tasks.prune import prune
 from jetway.tasks.qat import ptq, qat
 from jetway.tasks.results import VariantResult
-from jetway.tasks.sensitivity import choice_notes, int8_sensitivity, pruning_sensitivity, with_chosen_layers
+from jetway.tasks.sensitivity import int8_sensitivity, pruning_sensitivity, with_chosen_layers
 from jetway.tasks.stream import stream
 from jetway.tasks.stream_result import StreamResult
 from jetway.tasks.target_info import TargetInfo
@@ -150,7 +150,6 @@ def float_layers(run: Pipeline, stage: Stage, checkpoint: Checkpoint) -> QatConf
         return config
     measured = int8_sensitivity(run.context.labelled(stage), checkpoint, config, section)
     report = run.context.store.load_json(run.keep(f"{stage}/int8_sensitivity", measured, Report))
-    run.notes += choice_notes(stage, report)
     return with_chosen_layers(config, report)
 
 

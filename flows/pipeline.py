@@ -105,6 +105,7 @@ class Pipeline:
         self.log_files(self.run_id, files)
         figures = {f"{stage.replace('/', '.')}.{metric}": value for metric, value in output.metrics.items()}
         self.tracker.log_metrics(self.run_id, figures)
+        self.notes += [f"{stage}: {note}" for note in output.notes]
         return output.handle
 
     def log_files(self, run_id: str, files: Mapping[str, Handle]) -> None:

@@ -116,6 +116,7 @@ class StageOutput(BaseModel):
         default_factory=dict, description="more artifacts, by the file name a reviewer sees"
     )
     metrics: dict[str, float] = Field(default_factory=dict, description="figures by their MLflow names")
+    notes: tuple[str, ...] = Field(default=(), description="what was chosen and why, a sentence each")
     schema_version: int = SCHEMA_VERSION
 
     def handles(self) -> tuple[Handle, ...]:

@@ -381,7 +381,28 @@ def _output(context: StageContext, baseline: Checkpoint, pruner: _Pruner) -> Sta
         metadata={"stage": "pruned", "macs_ratio": metrics["macs_ratio"]},
     )
     report = context.store.add_json(_report(pruner, metrics), parents=(handle.sha256,))
-    return StageOutput(handle=handle, files={"pruning.json": report}, metrics=metrics)
+    return StageOutput(
+        handle=handle, files={"pruning.json": report}, metrics=metrics, notes=_notes(pruner, metrics)
+    )
+
+
+def _notes(pruner: _Pruner, metrics: dict[str, float]) -> tuple[str, ...]:
+    """What was chosen besides channels by one ratio."""
+    removed = [each.removed for each in pruner.rounds]
+    depth = (
+        [f"left out, by {pruner.config.depth.importance}: {', '.join(removed)}."]
+        if pruner.config.depth
+        else []
+    )
+    if not pruner.allocated:
+        return tuple(depth)
+    ranked = sorted(pruner.allocated.items(), key=lambda item: item[1])
+    ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ranked)
+    return (
+        *depth,
+        f"prune.pruning_ratio auto leaves {metrics['macs_ratio']:.3f} of the MACs at the least rise of the loss that "
+        f"its sensitivity predicts, by these ratios: {ratios}.",
+    )
 
 
 def _report(pruner: _Pruner, metrics: dict[str, float]) -> dict[str, Any]:

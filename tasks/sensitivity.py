@@ -122,7 +122,8 @@ def measure_int8(
     if config.keep_float == "auto":
         report |= _fewest_float(scorer, network, whole, rows, config.max_metric_drop)
     chart = _draw_layers(context, rows, report, parent=checkpoint)
-    return _output(context, checkpoint, "int8_sensitivity", report, chart)
+    output = _output(context, checkpoint, "int8_sensitivity", report, chart)
+    return output.model_copy(update={"notes": _notes(report)})
 
 
 def with_chosen_layers(config: QatConfig, report: Mapping[str, Any]) -> QatConfig:
@@ -130,18 +131,6 @@ def with_chosen_layers(config: QatConfig, report: Mapping[str, Any]) -> QatConfi
     if config.keep_float != "auto":
         return config
     return config.model_copy(update={"keep_float": tuple(report["keep_float"])})
-
-
-def choice_notes(stage: str, report: Mapping[str, Any]) -> list[str]:
-    """What was chosen and why, as lines for the run's description; none without ``keep_float: auto``."""
-    if "keep_float" not in report:
-        return []
-    before, after = report["tried"][0]["drop"], report["drop"]
-    kept = ", ".join(report["keep_float"]) or "no layer"
-    return [
-        f"{stage}: qat.keep_float auto keeps {kept} in float. The drop of {report['metric']} on "
-        f"{report['measured_on']} goes from {before:.4f} to {after:.4f}; the limit is {report['max_metric_drop']:g}."
-    ]
 
 
 @task(name="pruning sensitivity", cache_policy=NO_CACHE, persist_result=False)
@@ -261,6 +250,17 @@ def _fewest_float(
             kept = _without(kept, [layer])
     drop = next(trial["drop"] for trial in reversed(tried) if trial["keep_float"] == kept)
     return {"keep_float": kept, "drop": drop, "max_metric_drop": limit, "tried": tried}
+
+
+def _notes(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """What was kept in float and why; nothing without ``keep_float: auto``."""
+    if "keep_float" not in report:
+        return ()
+    kept = ", ".join(report["keep_float"]) or "no layer"
+    return (
+        f"qat.keep_float auto keeps {kept} in float. The drop of {report['metric']} on {report['measured_on']}, goes "
+        f"from {report['tried'][0]['drop']:.4f} to {report['drop']:.4f}; the limit is {report['max_metric_drop']:g}.",
+    )
 
 
 def _smallest(holds: Callable[[int], bool], most: int) -> int:

@@ -16,7 +16,6 @@ from jetway.tasks.qat import quantize_ptq
 from jetway.tasks.quantization import quantizable_layers
 from jetway.tasks.score import Scorer
 from jetway.tasks.sensitivity import (
-    choice_notes,
     measure_int8,
     measure_pruning,
     pruning_sensitivity,
@@ -179,10 +178,18 @@ def test_auto_keeps_the_one_layer_in_float_that_ruins_int8(trained):
     assert max(report["rows"], key=lambda row: row["loss_rise_alone"])["module"] == "project"
     chosen = with_chosen_layers(config, report)
     assert chosen.keep_float == ("project",)
-    note = choice_notes("baseline", report)[0]
-    assert "baseline: qat.keep_float auto keeps project in float" in note
     output = quantize_ptq(context, bad, chosen)
     assert output.metrics["top1"] >= quantize_ptq(context, bad, QatConfig()).metrics["top1"]
+
+
+def test_what_was_chosen_is_told(trained, measured):
+    context, baseline = trained
+    config = QatConfig(calibration_samples=16, keep_float="auto", max_metric_drop=0.5)
+    (note,) = measure_int8(context, baseline, config, SECTION).notes
+    assert "qat.keep_float auto keeps no layer in float. The drop of top1 on 16 samples" in note
+    (told,) = prune_network(context, baseline, automatic(), FinetuneConfig(), measured.handle).notes
+    assert "prune.pruning_ratio auto leaves 0.4" in told
+    assert prune_network(context, baseline, PruneConfig(), FinetuneConfig()).notes == ()
 
 
 def test_auto_keeps_nothing_in_float_where_int8_holds(trained):
