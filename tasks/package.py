@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from jetway.configs.schema import Target
+from jetway.configs.schema import EngineName, Precision, Target
 from jetway.tasks.artifacts import Engine, OnnxModel, Package, StageOutput, file_sha256
+from jetway.tasks.deepstream import deepstream_files
 from jetway.tasks.errors import RemoteCommandError, TargetUnreachableError, WorkloadError
 from jetway.tasks.remote import RETRIES, RETRY_DELAYS_S, is_unreachable
 from jetway.tasks.stage import StageContext
@@ -29,6 +30,8 @@ from jetway.tasks.workload import batches
 #: The files that go into every package as they are, and the text of its README.
 SCRIPTS = ("infer.py", "benchmark.sh")
 FILES = Path(__file__).parent / "package_files"
+#: Folder of a package.
+DEEPSTREAM = "deepstream"
 
 DESCRIPTIONS = {
     "model.engine": "the engine",
@@ -38,6 +41,7 @@ DESCRIPTIONS = {
     "infer.py": "runs the engine",
     "runtime.zip": "what it runs the engine with: Python, without anything to install",
     "benchmark.sh": "times it",
+    DEEPSTREAM: "configuration and script for NVIDIA DeepStream, generated and not run on a board",
     "sample_input.npz": "the first sample of the evaluation data",
     "expected_output.npz": "what the engine answered to it on this target",
 }
@@ -116,9 +120,23 @@ def write_files(
     if context.workload.labels:
         (folder / "labels.txt").write_text("\n".join(context.workload.labels) + "\n", encoding="utf-8")
     save_arrays(folder / "sample_input.npz", sample)
-    names = [*(path.name for path in folder.iterdir()), "expected_output.npz"]
+    write_deepstream(context, folder, passport, onnx)
+    names = [*(path.relative_to(folder).as_posix() for path in folder.rglob("*")), "expected_output.npz"]
     text = describe(passport, sample, f"{variant or 'Engine'} for {target}", names)
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def write_deepstream(
+    context: StageContext, folder: Path, passport: Mapping[str, Any], onnx: OnnxModel
+) -> None:
+    """Files for DeepStream, which runs TensorRT engines alone, where the workload says what it does with frames."""
+    frames = context.workload.frame_processing()
+    if frames is None or passport["platform"]["engine"] != EngineName.TENSORRT:
+        return
+    precision = Precision(onnx.metadata.get("precision", Precision.FP32))
+    (folder / DEEPSTREAM).mkdir()
+    for name, text in deepstream_files(frames, precision, context.workload.labels).items():
+        (folder / DEEPSTREAM / name).write_text(text, encoding="utf-8")
 
 
 def save_arrays(path: Path, arrays: Arrays) -> None:
@@ -223,10 +241,12 @@ def zip_folder(folder: Path) -> Path:
     """A zip file of the folder's files, in order of their names. The same files give the same bytes."""
     archive = folder.with_suffix(".zip")
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
-        for path in sorted(folder.iterdir()):
-            info = zipfile.ZipInfo(path.name, ZIP_EPOCH)
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            info = zipfile.ZipInfo(path.relative_to(folder).as_posix(), ZIP_EPOCH)
             info.create_system = 3  # Unix: the bytes and the modes do not depend on the host
-            info.external_attr = (0o100755 if path.name in SCRIPTS else 0o100644) << 16
+            info.external_attr = (
+                0o100755 if path.suffix == ".sh" or path.name in SCRIPTS else 0o100644
+            ) << 16
             file.writestr(info, path.read_bytes(), zipfile.ZIP_DEFLATED)
     return archive
 

@@ -17,6 +17,7 @@ from jetway.tasks.artifacts import OnnxModel
 from jetway.tasks.benchmark import benchmark_engines
 from jetway.tasks.build import build_engine
 from jetway.tasks.errors import ArtifactError, RemoteCommandError, TargetMismatchError
+from jetway.tasks.frames import Classes, FrameInput, FrameProcessing
 from jetway.tasks.package import package_winner, run_script, unpacked
 from jetway.tasks.stage import StageContext
 from jetway.tasks.store import Store
@@ -201,6 +202,11 @@ class Images(Workload):
 
     train_data = calibration_data = evaluation_data
 
+    def frame_processing(self):
+        return FrameProcessing(
+            input=FrameInput(name="image", size=(8, 8), colour="gray"), results=Classes(output="logits")
+        )
+
     def loss(self, outputs, target):
         return outputs["logits"].sum()
 
@@ -253,7 +259,10 @@ def test_a_tensorrt_engine_is_packaged_and_runs_from_the_package(context, build_
         readme = files.read("README.md").decode()
         assert f"by TensorRT {jetson.machine.tensorrt}" in readme
         passport = json.loads(files.read("passport.json"))
+        assert files.getinfo("deepstream/run.sh").external_attr >> 16 & 0o111
+        assert "labelfile-path=../labels.txt" in files.read("deepstream/config_infer_primary.txt").decode()
     assert passport["platform"]["double"]
+    assert "| `deepstream` |" in readme
 
 
 def test_a_package_of_another_board_is_refused(context, build_on, switch_on):
