@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -152,7 +153,7 @@ def bridged(network: nn.Module) -> Iterator[None]:
     attentions = find_attention(network)
     try:
         for attention in attentions:
-            handles += _add_bridge(network, attention)
+            handles += _Bridge(network, attention).hooks()
         yield
     finally:
         for handle in handles:
@@ -257,45 +258,44 @@ def _head_axis(name: str, tensor: Tensor, heads: int) -> int | None:
     return axes[0] if axes else None
 
 
-def _add_bridge(network: nn.Module, attention: Attention) -> list[Any]:
-    width = attention.width
-    sizes = [network.get_submodule(name).out_features for name in attention.projections]
-    before = nn.ModuleList(nn.Linear(size, 1) for size in sizes)  # type: ignore[arg-type]
-    behind = nn.Linear(width, width)
-    module, output = network.get_submodule(attention.name), network.get_submodule(attention.output)
-    module.add_module(_BRIDGE, nn.ModuleList([before, behind]))
-    seen: list[Tensor] = []
-    calls: list[nn.Module] = []
+class _Bridge:
+    """Two linear layers in the place of what lies between an attention's projections and its output."""
 
-    def keep(layer: nn.Module, _: Any, made: Tensor) -> None:
-        calls.append(layer)
-        seen.append(layer(made).sum())
+    def __init__(self, network: nn.Module, attention: Attention) -> None:
+        self.module, self.output = (
+            network.get_submodule(attention.name),
+            network.get_submodule(attention.output),
+        )
+        self.projections: list[Any] = [network.get_submodule(name) for name in attention.projections]
+        self.before = nn.ModuleList(nn.Linear(layer.out_features, 1) for layer in self.projections)
+        self.behind = nn.Linear(attention.width, attention.width)
+        self.module.add_module(_BRIDGE, nn.ModuleList([self.before, self.behind]))
+        self.seen: list[Tensor] = []
+        self.are_called = False
 
-    def call_layers(_: nn.Module, arguments: tuple[Tensor, ...], made: Tensor) -> Tensor | None:
-        """For an attention that hands its layers' weights to a function: the layers themselves, called."""
-        if calls:
-            calls.clear()
-            return None
-        given = arguments[0]
-        for name in attention.projections:
-            network.get_submodule(name)(given)
-        stand_in: Tensor = output(given.new_zeros(*given.shape[:-1], width))
-        calls.clear()
-        return stand_in if stand_in.shape == made.shape else None
+    def hooks(self) -> list[Any]:
+        pairs = zip(self.projections, self.before, strict=True)
+        kept = [layer.register_forward_hook(partial(self.keep, before)) for layer, before in pairs]
+        crossed = self.output.register_forward_pre_hook(self.cross)
+        return [*kept, crossed, self.module.register_forward_hook(self.call_layers)]
 
-    def cross(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        joined = behind(arguments[0].detach() + sum(seen))
-        seen.clear()
+    def keep(self, before: nn.Module, _: nn.Module, given: Any, made: Tensor) -> None:
+        self.are_called = True
+        self.seen.append(before(made).sum())
+
+    def cross(self, _: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        joined = self.behind(arguments[0].detach() + sum(self.seen))
+        self.seen.clear()
         return (joined, *arguments[1:])
 
-    hooks = [
-        network.get_submodule(name).register_forward_hook(
-            lambda _m, given, made, layer=layer: keep(layer, given, made)
-        )
-        for name, layer in zip(attention.projections, before, strict=True)
-    ]
-    return [
-        *hooks,
-        output.register_forward_pre_hook(cross),
-        module.register_forward_hook(call_layers),
-    ]
+    def call_layers(self, _: nn.Module, arguments: tuple[Tensor, ...], made: Tensor) -> Tensor | None:
+        """For an attention that hands its layers' weights to a function: the layers themselves, called."""
+        stand_in = None if self.are_called else self._stand_in(arguments[0])
+        self.are_called = False
+        return stand_in if stand_in is not None and stand_in.shape == made.shape else None
+
+    def _stand_in(self, given: Tensor) -> Tensor:
+        for layer in self.projections:
+            layer(given)
+        made: Tensor = self.output(given.new_zeros(*given.shape[:-1], self.behind.in_features))
+        return made

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import math
 import pickle
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,6 +65,8 @@ class Epoch:
     metrics: dict[str, float]
     learning_rate: float
     seconds: float
+    #: Of all processes together, while they trained: evaluation and saving are not counted.
+    samples_per_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -236,6 +236,8 @@ class _Trainer:
         self.count = len(data)  # type: ignore[arg-type]
         self.steps = _steps_an_epoch(workload, self.count, section.batch_size, self.ranks.count)
         self.joined = self.ranks.joined(network.to(context.device))
+        self.shares: list[list[tuple[int, int]]] = []
+        self.loader = self._loader()
         self.optimizer = _optimizer(network, section)
         self.average = WeightAverage(network, section.ema_decay) if section.ema_decay else None
         self.features = self._watch_features()
@@ -277,13 +279,15 @@ class _Trainer:
                 norm.eval()
         with users_code(self.workload, f"epoch {number}"):
             losses = [self._step(number, step, batch) for step, batch in enumerate(self._batches(number))]
+        trained_s = time.monotonic() - started
         rate = self.optimizer.param_groups[0]["lr"]
         self.ranks.share_buffers(self.network)
         losses = self.ranks.gather(losses)
         loss = math.fsum(losses) / len(losses)
         with self._averaged():
             metrics = self._evaluate()
-            epoch = Epoch(number, loss, metrics, rate, time.monotonic() - started)
+            seconds, samples = time.monotonic() - started, min(self.count, self.steps * self._batch_size)
+            epoch = Epoch(number, loss, metrics, rate, seconds, samples / trained_s)
             self._keep_if_best(epoch)
         self._finish_epoch(epoch)
         self._show(number, self.steps, f"loss {loss:.4f}, {self._best_text()}")
@@ -300,18 +304,29 @@ class _Trainer:
 
     def _batches(self, epoch: int) -> Iterator[tuple[Inputs, Any]]:
         """This process's share of each batch. All draw the same order, and then augment by seeds of their own."""
-        order, size = torch.randperm(self.count).tolist(), self.section.batch_size * self.ranks.count
+        order, size = torch.randperm(self.count).tolist(), self._batch_size
         shares = [self.ranks.share(order[at : at + size]) for at in range(0, self.steps * size, size)]
         seed = stage_seed(self.context.seed, f"{self.stage}:{epoch}:{self.ranks.rank}")
         if not self.ranks.is_first:
             seed_everything(seed)
-        yield from DataLoader(
-            self.data,
-            batch_sampler=shares,  # type: ignore[arg-type]
+        self.shares[:] = [[(index, seed + index) for index in share] for share in shares]
+        yield from self.loader
+
+    @property
+    def _batch_size(self) -> int:
+        """Samples a step of all processes together."""
+        return self.section.batch_size * self.ranks.count
+
+    def _loader(self) -> DataLoader[Any]:
+        """Reads ``shares``, which each epoch fills. Its processes, if any, stay from epoch to epoch."""
+        workers = self.section.loader_workers
+        return DataLoader(
+            _Seeded(self.data) if workers else _Plain(self.data),
+            batch_sampler=self.shares,
             collate_fn=self.workload.collate,
-            num_workers=self.section.loader_workers,
-            worker_init_fn=_seed_loader,
-            generator=torch.Generator().manual_seed(seed),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),
             pin_memory=self.context.device == "cuda",
         )
 
@@ -496,11 +511,22 @@ def _rate_scale(optimizer: OptimizerName, ranks: Ranks) -> float:
     return ranks.count if optimizer is OptimizerName.SGD else math.sqrt(ranks.count)
 
 
-def _seed_loader(worker: int) -> None:
-    """Gives NumPy and Python in a loading process the seed that PyTorch has there, which is the worker's own."""
-    seed = torch.initial_seed() % 2**32
-    np.random.seed(seed)
-    random.seed(seed)
+class _Plain(Dataset[Sample]):
+    """The data by pairs of index and seed; what is drawn comes from the process's own generators."""
+
+    def __init__(self, data: Dataset[Sample]) -> None:
+        self.data = data
+
+    def __getitem__(self, drawn: tuple[int, int]) -> Sample:
+        return self.data[drawn[0]]
+
+
+class _Seeded(_Plain):
+    """The same in processes that load: each sample has a seed of its own, whichever process loads it."""
+
+    def __getitem__(self, drawn: tuple[int, int]) -> Sample:
+        seed_everything(drawn[1] % 2**32)
+        return super().__getitem__(drawn)
 
 
 def _as_result(document: dict[str, Any]) -> TrainResult:

@@ -82,18 +82,17 @@ def train_with(images, tmp_path):
         qat = QatConfig(epochs=3, learning_rate=2e-5, processes=processes, **LOOP)
         calibrated = quantize_ptq(context, trained.handle, qat)
         quantized = train_qat(context, calibrated.handle, qat, None)
-        count = len(context.workload.train_data())
         return {
-            "train": figures(context, trained, "train_history.json", count),
-            "qat": figures(context, quantized, "qat_history.json", count),
+            "train": figures(context, trained, "train_history.json"),
+            "qat": figures(context, quantized, "qat_history.json"),
         }
 
     return run
 
 
-def figures(context, output, history, count):
+def figures(context, output, history):
     epochs = json.loads(context.store.open(output.files[history]).read_text())["history"][2:]
-    rate = count / statistics.median(epoch["seconds"] for epoch in epochs)
+    rate = statistics.median(epoch["samples_per_s"] for epoch in epochs)
     return {"samples_per_s": rate, "top1": output.metrics["top1"]}
 
 
