@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from jetway.tasks.training import accumulate_gradients
+from jetway.tasks.importance import accumulate_gradients
 from jetway.tasks.workload import call_network, check_workload
 from jetway.tasks.workloads.detector import (
     Cells,
@@ -117,5 +117,5 @@ def test_an_image_without_objects_has_a_loss(workload):
 
 def test_every_parameter_learns(workload, make_context, tmp_path):
     network = workload.network()
-    accumulate_gradients(network, workload, make_context(workload, tmp_path), batches=1, batch_size=8)
+    accumulate_gradients(network, make_context(workload, tmp_path), samples=8)
     assert all(parameter.grad.abs().sum() > 0 for parameter in network.parameters())
