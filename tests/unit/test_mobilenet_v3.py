@@ -2,10 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from jetway.configs.schema import QatConfig
-from jetway.tasks.checkpoint import save_checkpoint
 from jetway.tasks.macs import count_params, total_macs
-from jetway.tasks.qat import quantize_ptq
 from jetway.tasks.workload import check_workload
 from jetway.tasks.workloads.mobilenet_v3 import CropClassifier, MobileNetV3, round_channels
 
@@ -59,10 +56,3 @@ def test_loss_falls(workload):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
-
-
-def test_it_is_quantized_layer_by_layer(workload, make_context, tmp_path):
-    context = make_context(workload, tmp_path)
-    checkpoint = save_checkpoint(context.store, workload.network().eval(), structure=None)
-    output = quantize_ptq(context, checkpoint, QatConfig(calibration_samples=4))
-    assert 0 <= output.metrics["top1"] <= 1
