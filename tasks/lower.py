@@ -29,7 +29,7 @@ from jetway.tasks.stage import StageContext, run_stage
 logger = logging.getLogger("jetway")
 
 #: Raised when a pass gives another graph for the same input.
-REVISION = 3
+REVISION = 4
 UNCHANGED = (Precision.FP32, Precision.INT8_CALIBRATED)
 
 
@@ -69,7 +69,7 @@ def lower_onnx(
     elif precision is Precision.INT8_DYNAMIC:
         graph, more = quantize_dynamically(graph), {}
     elif precision.has_quantizers:
-        graph, more = _for_onnxruntime(graph, feeds, context.threads)
+        graph, more = _for_onnxruntime(graph, feeds, context.threads, trained=precision is Precision.INT8_QAT)
     else:
         graph, types = convert_all(graph, precision, feeds, threads=context.threads)
         more = _told(types, precision)
@@ -115,9 +115,9 @@ def lower(
 
 
 def _for_onnxruntime(
-    graph: Graph, feeds: Iterator[dict[str, Array]], threads: int
+    graph: Graph, feeds: Iterator[dict[str, Array]], threads: int, *, trained: bool
 ) -> tuple[Graph, dict[str, Any]]:
-    lowered = lower_for_onnxruntime(graph, feeds, threads=threads)
+    lowered = lower_for_onnxruntime(graph, feeds, threads=threads, trained=trained)
     return lowered.graph, {
         "integer_macs_ratio": lowered.integer_macs_ratio,
         "float_islands": [island.to_json() for island in lowered.islands],

@@ -12,6 +12,7 @@ CPU heeds, lets ONNX Runtime use uint8 × uint8 there.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,14 @@ from jetway.tasks.lowering.placement import (
     choose_integer,
     unit_costs,
 )
-from jetway.tasks.lowering.ranges import Affine, between, non_negative, observe_ranges, symmetric
+from jetway.tasks.lowering.ranges import (
+    Affine,
+    between,
+    non_negative,
+    observe_ranges,
+    steps_of_int8,
+    symmetric,
+)
 from jetway.tasks.lowering.units import (
     COMPUTE,
     FloatForm,
@@ -75,18 +83,24 @@ class Lowered:
     integer_macs_ratio: float
 
 
-def lower_for_onnxruntime(graph: Graph, feeds: Iterable[dict[str, Array]], *, threads: int = 1) -> Lowered:
+def lower_for_onnxruntime(
+    graph: Graph, feeds: Iterable[dict[str, Array]], *, threads: int = 1, trained: bool = False
+) -> Lowered:
     """Lowers an exported int8 graph. ``feeds`` are calibration inputs by name, each with its batch dimension.
 
+    ``trained`` says that the network was trained with its quantizers. It has then come to rely on what their steps
+    round away, and they stay as they are; else values that cannot be negative get steps half as large.
     The given graph is used up. Raises ExportError when its Q/DQ are not those of Jetway's export.
     """
     form = to_float_form(graph)
     shapes = _weight_shapes(form.graph) | form.graph.shapes()
     units = find_units(form.graph, shapes)
+    form.ranges.update(_ranges_before_movement(form, units))
     costs = [unit_costs(unit, shapes, quantized=unit.node.output[0] in form.quantized) for unit in units]
     integer = choose_integer(form.graph, units, shapes, costs)
     plan = _Plan(form.graph, units, integer, shapes)
-    affine = _affine(form, plan, observe_ranges(form.graph, _unknown(form, plan), feeds, threads=threads))
+    observed = observe_ranges(form.graph, _unknown(form, plan), feeds, threads=threads)
+    affine = _affine(form, plan, observed, trained=trained)
     _Emitter(plan, affine).rewrite()
     return Lowered(form.graph, _islands(units, integer, costs), _integer_ratio(units, integer))
 
@@ -132,12 +146,26 @@ def _weight_shapes(graph: Graph) -> dict[str, Shape]:
     }
 
 
+def _ranges_before_movement(form: FloatForm, units: list[Unit]) -> dict[str, float]:
+    """Ranges of tensors that are only moved before they are quantized: they are cut off where the quantizer cuts,
+    which a network that was trained with it relies on."""
+    read = Counter(name for unit in units for name in unit.inputs) + Counter(form.graph.output_names)
+    ranges: dict[str, float] = {}
+    for unit in reversed(units):
+        known = form.ranges.get(unit.output, ranges.get(unit.output))
+        if unit.operator in MOVEMENT and known is not None and read[unit.inputs[0]] == 1:
+            ranges[unit.inputs[0]] = min(known, form.ranges.get(unit.inputs[0], known))
+    return ranges
+
+
 def _unknown(form: FloatForm, plan: _Plan) -> list[str]:
     """Quantized tensors whose range no quantizer gave."""
     return [name for name in plan.quantized if name not in form.ranges]
 
 
-def _affine(form: FloatForm, plan: _Plan, observed: dict[str, tuple[float, float]]) -> dict[str, Affine]:
+def _affine(
+    form: FloatForm, plan: _Plan, observed: dict[str, tuple[float, float]], *, trained: bool
+) -> dict[str, Affine]:
     """Scale and zero point of every quantized tensor. Operators that only move values keep their input's."""
     makers = {unit.output: (unit, flag) for unit, flag in zip(plan.units, plan.integer, strict=True)}
     positive = _non_negative_tensors(plan.units)
@@ -148,10 +176,11 @@ def _affine(form: FloatForm, plan: _Plan, observed: dict[str, tuple[float, float
             affine[name] = affine[unit.inputs[0]]
             continue
         upper = form.ranges[name] if name in form.ranges else observed[name][1]
-        if unit is not None and unit.limits is not None and unit.limits.upper is not None:
-            upper = min(upper, unit.limits.upper)
-        if name in positive:
-            affine[name] = non_negative(upper)
+        limit = unit.limits.upper if unit is not None and unit.limits is not None else None
+        if name in positive and name in form.ranges and trained and limit is None:
+            affine[name] = steps_of_int8(upper)
+        elif name in positive:
+            affine[name] = non_negative(upper if limit is None else min(upper, limit))
         else:
             affine[name] = symmetric(upper) if name in form.ranges else between(*observed[name])
     return affine

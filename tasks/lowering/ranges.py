@@ -35,6 +35,11 @@ def non_negative(upper: float) -> Affine:
     return Affine(max(upper, _TINY) / UINT8_MAX, 0)
 
 
+def steps_of_int8(upper: float) -> Affine:
+    """The grid of symmetric int8 from 0 on; it goes on behind ``upper``, where int8 would saturate."""
+    return Affine(max(upper, _TINY) / INT8_MAX, 0)
+
+
 def between(lower: float, upper: float) -> Affine:
     lower, upper = min(lower, 0.0), max(upper, 0.0, lower + _TINY)
     scale = (upper - lower) / UINT8_MAX

@@ -285,6 +285,29 @@ def test_lower_keeps_the_outputs_of_other_networks(family: Any) -> None:
     assert relative_error(graph, lowered.graph) <= 0.10
 
 
+def test_lower_cuts_off_before_a_movement_what_the_quantizer_behind_it_cuts_off() -> None:
+    """QAT may leave activations that are larger than the range they were calibrated to."""
+    b = QdqBuilder(64, 16)
+    t = b.relu(b.convolution("x", 64, 64))
+    pooled = b.add("MaxPool", t, kernel_shape=[2, 2], strides=[2, 2])
+    graph = b.graph(b.convolution(pooled, 64, 64, magnitude=0.5))
+    assert relative_error(graph, lower(graph).graph) <= 0.10
+
+
+def test_lower_keeps_the_steps_that_a_network_was_trained_with() -> None:
+    """Many activations here are less than half a step, which the quantizer makes 0."""
+    b = QdqBuilder(64, 16)
+    t = b.relu(b.convolution("x", 64, 64))
+    graph = b.graph(b.convolution(t, 64, 64, magnitude=120.0))
+    inputs = feeds(graph, 8, seed=2)
+    meant = outputs(graph, inputs, optimize=False)
+    forms = [
+        lower_for_onnxruntime(deepcopy(graph), feeds(graph, 32), trained=trained) for trained in (True, False)
+    ]
+    kept, finer = (np.square(outputs(form.graph, inputs, optimize=True) - meant).mean() for form in forms)
+    assert kept < 0.1 * finer
+
+
 @pytest.mark.parametrize("biased", [True, False])
 def test_lower_computes_linear_layers_of_tokens_in_integers(biased: bool, tmp_path: Path) -> None:
     b = QdqBuilder(96, 12)
