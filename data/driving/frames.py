@@ -25,6 +25,8 @@ POINT_FEATURES = 5
 #: sine and cosine of twice the yaw, as a box looks the same from both ends.
 BOX_FEATURES = 8
 MAX_OBJECTS = 16
+# Small ones take 150 kB each.
+_KEPT_FRAMES = 4096
 # An object that fewer points hit is not asked for.
 _LEAST_POINTS = 3
 _HEATMAP_SIGMA_CELLS = 0.8
@@ -82,14 +84,17 @@ class DrivingFrames(Dataset[tuple[dict[str, Tensor], dict[str, Tensor]]]):
     def __init__(
         self, split: Split, count: int, rig: Rig, grid: Grid, augmentation: Augmentation | None = None
     ) -> None:
-        self.frames = _frames(split, count, rig, grid)
+        self.split: Split = split
+        self.count, self.rig, self.grid = count, rig, grid
         self.augmentation = augmentation
 
     def __len__(self) -> int:
-        return len(self.frames)
+        return self.count
 
     def __getitem__(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        frame = self.frames[index]
+        if not 0 <= index < self.count:
+            raise IndexError(f"frame {index} of {self.count}")
+        frame = make_frame(self.split, index, self.rig, self.grid)
         brightness = torch.from_numpy(frame.images).float() / 255
         inputs = {"images": brightness, "pillars": torch.from_numpy(frame.pillars).float()}
         names = ("heatmap", "boxes", "segmentation", "objects")
@@ -105,8 +110,9 @@ def frame_seed(split: Split, index: int) -> np.random.SeedSequence:
     return np.random.SeedSequence([_WORLD_SEED, _SPLITS.index(split), index])
 
 
+@functools.lru_cache(maxsize=_KEPT_FRAMES)
 def make_frame(split: Split, index: int, rig: Rig, grid: Grid) -> Frame:
-    """The frame with this number; the same every time."""
+    """The frame with this number; the same every time, and kept, as every epoch asks for it again."""
     rng = np.random.default_rng(frame_seed(split, index))
     scene = make_scene(rng, grid.extent_m)
     points, surfaces = scan(scene, rig, rng)
@@ -139,11 +145,6 @@ def fill_pillars(points: Floats, grid: Grid) -> NDArray[np.float16]:
     filled = np.zeros((POINT_FEATURES, grid.points_per_pillar, grid.pillars, grid.pillars), dtype=np.float16)
     filled[:, rank, row[kept], column[kept]] = features[kept].T
     return filled
-
-
-@functools.lru_cache(maxsize=8)
-def _frames(split: Split, count: int, rig: Rig, grid: Grid) -> list[Frame]:
-    return [make_frame(split, index, rig, grid) for index in range(count)]
 
 
 def _wanted_objects(boxes: Boxes, surfaces: NDArray[np.int64]) -> NDArray[np.int64]:
