@@ -19,17 +19,35 @@ PACKAGED = Path(__file__).parent
 MAX_FILE_BYTES = 1 << 20
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
+def load_recipe(
+    name_or_path: str, overrides: Sequence[str] = (), *, near: Path | None = None
+) -> tuple[Recipe, Path]:
     """The recipe, validated with the overrides applied, and the file it came from.
 
-    ``name_or_path`` is a YAML file, or the name of a recipe in ``configs/recipes``.
+    ``name_or_path`` is a YAML file, or the name of a recipe in ``configs/recipes``; ``near`` is a recipe's file, beside
+    which it may lie.
     Raises ConfigError with the file, the key, the value, what is allowed and the nearest valid key.
     """
-    path = find_file(name_or_path, "recipes", [Path.cwd()])
-    values = read_yaml(path)
+    path = find_file(name_or_path, "recipes", [Path.cwd(), *([near.parent] if near else [])])
+    values = read_recipe(path)
     for override in overrides:
         apply_override(values, override)
     return validate(Recipe, values, source=str(path)), path
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys of a recipe's file, beside those of the recipe that it ``extends``; its own sections win as a whole.
+
+    Raises ConfigError for one that extends a recipe which extends another.
+    """
+    values = read_yaml(path)
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    inherited = read_yaml(find_file(str(base), "recipes", [Path.cwd(), path.parent]))
+    if "extends" in inherited:
+        raise ConfigError(f"{path}: {base!r} extends another recipe itself. Extend that one instead.")
+    return inherited | values
 
 
 def load_target(name_or_path: str, *, near: Path | None = None) -> Target:

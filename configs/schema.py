@@ -719,6 +719,30 @@ class Gate(Section):
         return {key: text for key, text in match.groupdict().items() if text is not None}
 
 
+class CascadeConfig(Section):
+    """A classifier behind the detector of this recipe, both as one unit with two engines."""
+
+    classifier: str = Field(
+        min_length=1,
+        description="Recipe of the classifier, by name or file; its variants are those of this recipe.",
+    )
+    margin: float = Field(
+        default=1.35, gt=0, description="Side of the square that is cut out, in longer sides of its box."
+    )
+    min_score: float = Field(default=0.2, ge=0, lt=1, description="Boxes below it are not classified.")
+    max_iou: float = Field(
+        default=0.6,
+        ge=0,
+        le=1,
+        description="A box that overlaps a better one of any class by more is dropped.",
+    )
+    max_objects: int = Field(default=16, ge=1, description="Boxes of a frame that are classified, at most.")
+    samples: int | None = Field(
+        default=None, ge=24, description="Evaluation samples of the detector; all by default."
+    )
+    timeout_s: float = Field(default=600, gt=0, description="Longest session on a target.")
+
+
 class Recipe(Section):
     """One deployment: a workload, what is done to it, and what must hold at the end."""
 
@@ -745,6 +769,9 @@ class Recipe(Section):
     tensorrt: TensorRtConfig = TensorRtConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    cascade: CascadeConfig | None = Field(
+        default=None, description="Let a classifier name what the detector of this recipe finds."
+    )
     variants: tuple[Variant, ...] = Field(
         min_length=1, description="Rows of the stage table, baseline first."
     )
@@ -787,6 +814,7 @@ class Recipe(Section):
                 "throughput" in self.benchmark.scenarios or self.benchmark.trtexec,
             ),
             "trtexec_": ("benchmark.trtexec: true", self.benchmark.trtexec),
+            "cascade_": ("cascade: {classifier: NAME}", self.cascade is not None),
             **dict.fromkeys(
                 ("capture_", "preprocess_", "infer_", "postprocess_", "end_to_end_", "stream_"),
                 ("benchmark.stream: {}", self.benchmark.stream is not None),

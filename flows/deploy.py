@@ -27,6 +27,7 @@ from jetway.configs.schema import (
     Target,
     Variant,
 )
+from jetway.flows.cascade import open_classifier, run_cascade
 from jetway.flows.pipeline import Pipeline, open_pipeline
 from jetway.flows.record import Measured, Network, RunResult, conclude, make_rows
 from jetway.flows.server import queue_for
@@ -68,13 +69,16 @@ def deploy(
     ``recipe`` is the name of a recipe or its YAML file; ``targets`` replaces the recipe's own; ``overrides``
     are ``key=value``, as in ``jetway run --set``.
     """
-    with open_pipeline(recipe, targets, overrides or []) as run:
+    with open_pipeline(recipe, targets, overrides or []) as run, open_classifier(run) as classifier:
         infos = {target.name: preflight(run.context, target, run.recipe) for target in run.targets}
         networks = make_networks(run)
         models = make_models(run, networks)
+        behind = make_models(classifier, make_networks(classifier)) if classifier else {}
         with queue(run.targets):
             sessions = [submit_session(run, target, models) for target in run.targets]
             measured = [collect(session, infos[session.target.name]) for session in sessions]
+            if classifier:
+                measured = [run_cascade(run, classifier, behind, one) for one in measured]
             rows = [row for one in measured for row in make_rows(run, one, networks)]
             table = run.keep("compare", compare(run.context, rows, run.recipe.gates), Report)
             result = conclude(run, table, measured, networks)

@@ -16,6 +16,7 @@ from jetway.configs.load import load_recipe, load_targets
 from jetway.configs.schema import Recipe, Stage, Target, Variant
 from jetway.tasks import environment
 from jetway.tasks.artifacts import Handle, StageOutput
+from jetway.tasks.cascade import check_cascade
 from jetway.tasks.clip import check_stream
 from jetway.tasks.gates import check_gate_metrics
 from jetway.tasks.results import metric_names
@@ -43,6 +44,18 @@ class Observer:
 
     def on_finish(self, stage: FinishedStage) -> None:
         self.stages.append(stage)
+
+
+class SecondObserver(Observer):
+    """For a run beside the one that is observed: its stages are told as that one's, its number is not."""
+
+    def __init__(self, first: Observer) -> None:
+        super().__init__()
+        self.progress = first.progress
+        self.first = first
+
+    def on_finish(self, stage: FinishedStage) -> None:
+        self.first.on_finish(stage)
 
 
 #: Set by the command line around a flow call.
@@ -118,6 +131,9 @@ def make_context(recipe: Recipe, path: Path, observer: Observer) -> StageContext
     workload = load_workload(recipe.workload, search_path=[Path.cwd(), path.parent])
     known = metric_names(workload.metrics)
     check_stream(recipe.benchmark.stream, stream_source(recipe, path), workload)
+    if recipe.cascade:
+        classifier, beside = classifier_recipe(recipe, path)
+        check_cascade(workload, load_workload(classifier.workload, search_path=[Path.cwd(), beside.parent]))
     check_gate_metrics(recipe.gates, known, [variant.name for variant in recipe.variants])
     return StageContext(
         workload,
@@ -129,6 +145,14 @@ def make_context(recipe: Recipe, path: Path, observer: Observer) -> StageContext
         progress=observer.progress,
         on_finish=observer.on_finish,
     )
+
+
+def classifier_recipe(recipe: Recipe, path: Path) -> tuple[Recipe, Path]:
+    """The recipe of a cascade's classifier, for the same variants and targets, and its file."""
+    assert recipe.cascade is not None
+    found, beside = load_recipe(recipe.cascade.classifier, near=path)
+    shared = {"variants": recipe.variants, "targets": recipe.targets, "gates": (), "cascade": None}
+    return found.model_copy(update={"name": f"{recipe.name}-classifier", **shared}), beside
 
 
 def stream_source(recipe: Recipe, path: Path) -> Path | None:
@@ -143,7 +167,13 @@ def open_pipeline(
     """Validates everything, starts the MLflow run, and ends it as FINISHED, FAILED or KILLED."""
     recipe, path = load_recipe(recipe_name, overrides)
     targets = load_targets(target_names or recipe.targets, near=path)
-    pipeline = Pipeline(recipe, path, targets, Tracker(), OBSERVER.get() or Observer())
+    with recording(Pipeline(recipe, path, targets, Tracker(), OBSERVER.get() or Observer())) as pipeline:
+        yield pipeline
+
+
+@contextmanager
+def recording(pipeline: Pipeline) -> Iterator[Pipeline]:
+    """The pipeline's MLflow run, for as long as the block lasts."""
     pipeline.start()
     status: Status = "KILLED"
     try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -11,16 +12,17 @@ from pydantic import BaseModel, ConfigDict
 from jetway.configs.schema import Target, Variant
 from jetway.flows.pipeline import Pipeline
 from jetway.tasks.artifacts import Checkpoint, Engine, OnnxModel, Report, StageOutput
+from jetway.tasks.cascade_result import CascadeResult, VariantCascade, cascade_markdown
 from jetway.tasks.gates import gates_exit_code
 from jetway.tasks.int8_report import int8_reports, report_markdown
 from jetway.tasks.layer_table import layers_csv
 from jetway.tasks.measurement import BenchmarkResult, Evaluation
 from jetway.tasks.metrics import Metric
 from jetway.tasks.passes import dla_layers_ratio, provider_notes, read_series
-from jetway.tasks.results import VariantResult, Verdict, drop_name, load_rows
+from jetway.tasks.results import Validity, VariantResult, Verdict, drop_name, load_rows
 from jetway.tasks.stage import stage_seed
 from jetway.tasks.statistics import paired_drop
-from jetway.tasks.stream_result import StreamResult, stream_csv, stream_markdown
+from jetway.tasks.stream_result import StreamResult, VariantStream, stream_csv, stream_markdown
 from jetway.tasks.table import stage_table_markdown
 from jetway.tasks.target_info import TargetInfo
 from jetway.tasks.tracking.values import flat_params
@@ -57,7 +59,13 @@ class Measured:
     engines: Mapping[str, Engine]
     benchmark: BenchmarkResult
     stream: StreamResult | None
+    cascade: CascadeResult | None = field(default=None, kw_only=True)
     evaluations: Mapping[str, Evaluation]
+
+    def of(self, variant: str) -> list[VariantStream | VariantCascade]:
+        """What was measured of a variant in sessions beside the benchmark's."""
+        streamed = [self.stream.variants[variant]] if self.stream else []
+        return [*streamed, *([self.cascade.variants[variant]] if self.cascade else [])]
 
 
 class RunResult(BaseModel):
@@ -86,8 +94,8 @@ def make_row(
 ) -> VariantResult:
     engine, evaluation = measured.engines[variant.name], measured.evaluations[variant.name]
     session = measured.benchmark
-    streamed = measured.stream.variants[variant.name] if measured.stream else None
-    spans = session.variants[variant.name].intervals() | (streamed.intervals() if streamed else {})
+    spans = [found.intervals() for found in measured.of(variant.name)]
+    validities = (one.validity for one in (measured.stream, measured.cascade) if one)
     return VariantResult(
         variant=variant.name,
         target=measured.target.name,
@@ -103,11 +111,15 @@ def make_row(
             "integer_macs_ratio": engine.metadata.get("integer_macs_ratio"),
             "dla_layers_ratio": dla_layers_ratio(engine.metadata),
             **session.metrics(variant.name),
-            **(streamed.metrics() if streamed else {}),
+            **{name: value for found in measured.of(variant.name) for name, value in found.metrics().items()},
             **evaluation.metrics,
         },
-        intervals={**spans, **drop_intervals(run, baseline, records_of(run, evaluation))},
-        validity=session.validity.joined(measured.stream.validity) if measured.stream else session.validity,
+        intervals={
+            **session.variants[variant.name].intervals(),
+            **{name: span for found in spans for name, span in found.items()},
+            **drop_intervals(run, baseline, records_of(run, evaluation)),
+        },
+        validity=reduce(Validity.joined, validities, session.validity),
         notes=(*provider_notes(engine.metadata), *session.notes(variant.name)),
     )
 
@@ -161,12 +173,12 @@ def conclude(
 
 def description_of(run: Pipeline, table: str, measured: Sequence[Measured]) -> str:
     """What a reviewer reads first: the recipe's sentence, what was chosen, the stage table, and what frames cost."""
-    streams = [
-        stream_markdown(one.stream, where=f"{one.target.name}: {one.info.machine}")
-        for one in measured
-        if one.stream
-    ]
-    return "\n\n".join(text for text in (run.recipe.description, *run.notes, table, *streams) if text)
+    parts = [run.recipe.description, *run.notes, table]
+    for one in measured:
+        where = f"{one.target.name}: {one.info.machine}"
+        parts += [stream_markdown(one.stream, where=where)] if one.stream else []
+        parts += [cascade_markdown(one.cascade, where=where)] if one.cascade else []
+    return "\n\n".join(part for part in parts if part)
 
 
 def log_session(run: Pipeline, measured: Measured) -> None:
@@ -176,6 +188,7 @@ def log_session(run: Pipeline, measured: Measured) -> None:
     run.tracker.log_json(run.run_id, f"{folder}/benchmark.json", measured.benchmark.model_dump(mode="json"))
     run.log_files(run.run_id, {f"{folder}/samples.safetensors": measured.benchmark.samples})
     log_stream(run, measured, folder)
+    log_cascade(run, measured, folder)
     log_telemetry(run, measured, folder)
     log_layers(run, measured, folder)
 
@@ -187,6 +200,18 @@ def log_stream(run: Pipeline, measured: Measured, folder: str) -> None:
     run.tracker.log_text(run.run_id, f"{folder}/stream.csv", stream_csv(measured.stream))
     run.tracker.log_json(run.run_id, f"{folder}/stream.json", measured.stream.model_dump(mode="json"))
     run.log_files(run.run_id, {f"{folder}/stream.safetensors": measured.stream.samples})
+
+
+def log_cascade(run: Pipeline, measured: Measured, folder: str) -> None:
+    """What both engines gave together, a record for each sample, and the time of every step."""
+    if measured.cascade is None:
+        return
+    run.tracker.log_json(run.run_id, f"{folder}/cascade.json", measured.cascade.model_dump(mode="json"))
+    records = {
+        f"{folder}/cascade/{name}.records.json": found.records
+        for name, found in measured.cascade.variants.items()
+    }
+    run.log_files(run.run_id, {f"{folder}/cascade.safetensors": measured.cascade.samples, **records})
 
 
 def log_telemetry(run: Pipeline, measured: Measured, folder: str) -> None:

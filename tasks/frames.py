@@ -94,6 +94,7 @@ class Boxes(_Value):
     max_iou: Share = Field(
         default=0.6, description="Those that overlap a better one of their class by more are dropped."
     )
+    class_agnostic: bool = Field(default=False, description="Drop those that overlap one of any class.")
 
 
 class Masks(_Value):

@@ -32,6 +32,12 @@ class Rate(_Value):
     value: float
     interval: Interval
 
+    @classmethod
+    def of(cls, frames: int, seconds: NDArray[np.float64], seed: int) -> Rate:
+        """Of rounds of so many frames each, by the seconds that each took."""
+        value, interval = rate(np.full(len(seconds), frames), seconds, seed=seed)
+        return cls(value=value, interval=interval)
+
 
 class VariantStream(_Value):
     """The frames of one variant."""
@@ -90,28 +96,37 @@ def measure_streams(
 def _measure(
     arrays: Mapping[str, NDArray[Any]], name: str, result: Mapping[str, Any], seed: int
 ) -> VariantStream:
-    counted = ~np.isin(arrays[f"{name}.round"], result["excluded_rounds"])
-    rounds = arrays[f"{name}.round"][counted]
-    times_ns = {step: arrays[f"{name}.{step}_ns"][counted] for step in STEPS}
-    total_ns = np.sum(list(times_ns.values()), axis=0)
-    calm = np.unique(rounds)
-    one_by_one_s = np.array([total_ns[rounds == index].sum() for index in calm]) / 1e9
-    side_by_side_s = np.array(result["side_by_side_ns"][name])[calm] / 1e9
+    steps, one_by_one_s = summarize_steps(arrays, name, STEPS, result["excluded_rounds"], seed=seed)
+    counted = [index for index in range(result["rounds"]) if index not in result["excluded_rounds"]]
+    side_by_side_s = np.array(result["side_by_side_ns"][name])[counted] / 1e9
     frames = result["slice_frames"]
     return VariantStream(
-        steps={
-            step: LatencySummary.of(values, rounds, seed=seed)
-            for step, values in {**times_ns, END_TO_END: total_ns}.items()
-        },
-        one_by_one_fps=_rate(frames, one_by_one_s, seed),
+        steps=steps,
+        one_by_one_fps=Rate.of(frames, one_by_one_s, seed),
         # between the first results of a slice and its last lie the frames behind the first
-        pipelined_fps=_rate(frames - 1, side_by_side_s, seed),
+        pipelined_fps=Rate.of(frames - 1, side_by_side_s, seed),
     )
 
 
-def _rate(frames: int, seconds: NDArray[np.float64], seed: int) -> Rate:
-    value, interval = rate(np.full(len(seconds), frames), seconds, seed=seed)
-    return Rate(value=value, interval=interval)
+def summarize_steps(
+    arrays: Mapping[str, NDArray[Any]],
+    name: str,
+    steps: Sequence[str],
+    excluded_rounds: Sequence[int],
+    *,
+    seed: int,
+) -> tuple[dict[str, LatencySummary], NDArray[np.float64]]:
+    """Times of each step and end to end without the excluded rounds, and the seconds of each round that counts."""
+    counted = ~np.isin(arrays[f"{name}.round"], excluded_rounds)
+    rounds = arrays[f"{name}.round"][counted]
+    times_ns = {step: arrays[f"{name}.{step}_ns"][counted] for step in steps}
+    total_ns = np.sum(list(times_ns.values()), axis=0)
+    seconds = np.array([total_ns[rounds == index].sum() for index in np.unique(rounds)]) / 1e9
+    summaries = {
+        step: LatencySummary.of(values, rounds, seed=seed)
+        for step, values in {**times_ns, END_TO_END: total_ns}.items()
+    }
+    return summaries, seconds
 
 
 def stream_markdown(result: StreamResult, *, where: str) -> str:

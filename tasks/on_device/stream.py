@@ -1,6 +1,7 @@
 """Verb ``stream``: what a frame costs from its capture to its results, step by step, and how many pass a second."""
 
 import contextlib
+import functools
 import gc
 import os
 import time
@@ -68,7 +69,7 @@ def measure(entries: Sequence[Json], request: Json, progress: Progress) -> Json:
         request["work_dir"], watch.card_of(entries), request.get("telemetry", True)
     ) as watched:
         with opened(entries, request) as pipelines:
-            stream = Stream(pipelines, request, progress)
+            stream = Stream({name: PipelineRunner(one) for name, one in pipelines.items()}, request, progress)
             stream.run()
     after = machine.snapshot()
     return dict(
@@ -101,25 +102,40 @@ def opened(entries: Sequence[Json], request: Json) -> Iterator[Dict[str, pipelin
 class Runner:
     """An engine's share of the session: the times of its frames, round by round."""
 
-    def __init__(self, one: pipeline.Pipeline) -> None:
-        self.pipeline = one
-        self.times_ns = {step: array("q") for step in pipeline.STEPS}
+    def __init__(self, frames: source.FrameSource, steps: Sequence[str]) -> None:
+        self.source = frames
+        self.times_ns = {step: array("q") for step in steps}
         self.side_by_side_ns = []  # type: List[int]
         self.waiting_ratios = []  # type: List[float]
 
-    def run_slice(self, frames: int, depth: int) -> None:
+    def run_watched(self, work: Callable[[], None]) -> None:
+        """Notes how long the work waited for a core that another process held."""
         waited_ns, started_ns = machine.waited_for_cpu_ns(), latency.clock_ns()
-        pipeline.run_in_turn(self.pipeline, frames, self.times_ns)
+        work()
         waited_ns = machine.waited_for_cpu_ns() - waited_ns
         self.waiting_ratios.append(waited_ns / max(1, latency.clock_ns() - started_ns))
+
+
+class PipelineRunner(Runner):
+    """One engine, whose steps run one after the other and then side by side."""
+
+    def __init__(self, one: pipeline.Pipeline) -> None:
+        super().__init__(one.source, pipeline.STEPS)
+        self.pipeline = one
+
+    def warm_up(self, frames: int, depth: int) -> None:
+        pipeline.run_side_by_side(self.pipeline, frames, depth)
+
+    def run_slice(self, frames: int, depth: int) -> None:
+        self.run_watched(functools.partial(pipeline.run_in_turn, self.pipeline, frames, self.times_ns))
         self.side_by_side_ns.append(pipeline.run_side_by_side(self.pipeline, frames, depth))
 
 
 class Stream:
     """Rounds over all engines, until enough of them were calm or patience is at its end."""
 
-    def __init__(self, pipelines: Dict[str, pipeline.Pipeline], request: Json, progress: Progress) -> None:
-        self.runners = {name: Runner(one) for name, one in pipelines.items()}
+    def __init__(self, runners: Dict[str, Any], request: Json, progress: Progress) -> None:
+        self.runners = runners
         self.request, self.progress = request, progress
         self.planned = min(latency.MIN_ROUNDS, request["frames"])
         self.slice_frames = -(-request["frames"] // self.planned)
@@ -128,9 +144,7 @@ class Stream:
 
     def run(self) -> None:
         for runner in self.runners.values():
-            pipeline.run_side_by_side(
-                runner.pipeline, self.request["warmup_frames"], self.request["queue_frames"]
-            )
+            runner.warm_up(self.request["warmup_frames"], self.request["queue_frames"])
         gc.collect()
         gc.disable()
         try:
@@ -181,7 +195,7 @@ class Stream:
 
     def result(self) -> Json:
         counted = set(self.counted_rounds())
-        first = next(iter(self.runners.values())).pipeline.source.read()
+        first = next(iter(self.runners.values())).source.read()
         return {
             "samples": self.write_samples(),
             "side_by_side_ns": {name: runner.side_by_side_ns for name, runner in self.runners.items()},

@@ -100,9 +100,15 @@ class SceneDetector(Workload):
     def score_sample(self, outputs: Mapping[str, Array], target: Any) -> Record:
         """The image's detections, matched to its true boxes."""
         found = decode_detections(outputs["class_logits"], outputs["distances"], self.cells)
-        labels = np.asarray(target["labels"])
-        boxes = np.asarray(target["boxes"])[labels >= 0]
-        return match_detections(*found, boxes, labels[labels >= 0], classes=CLASSES)
+        return self.score_boxes(*found, target)
+
+    def score_boxes(self, boxes: Array, scores: Array, labels: Array, target: Any) -> Record:
+        """The same of boxes [n, 4] in pixels of the scene, whoever has named them."""
+        true_labels = np.asarray(target["labels"])
+        true_boxes = np.asarray(target["boxes"])[true_labels >= 0]
+        return match_detections(
+            boxes, scores, labels, true_boxes, true_labels[true_labels >= 0], classes=CLASSES
+        )
 
     def summarize(self, records: Sequence[Record]) -> dict[str, float]:
         return mean_average_precision(records, classes=CLASSES)

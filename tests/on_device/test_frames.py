@@ -117,6 +117,7 @@ BOXES = {
     "strides": [8, 16],
     "min_score": 0.5,
     "max_iou": 0.5,
+    "class_agnostic": False,
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 STAGES = {
     "load", "analyze", "prune", "finetune", "qat", "sensitivity", "calibrate", "export", "lower", "verify",
-    "preflight", "build", "benchmark", "stream", "evaluate", "compare", "package",
+    "preflight", "build", "benchmark", "stream", "cascade", "evaluate", "compare", "package",
 }  # fmt: skip
 VALUES = {"artifacts", "metrics"}
 HOMES = {

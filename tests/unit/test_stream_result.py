@@ -23,6 +23,7 @@ def variants(tmp_path):
     save_file(arrays, tmp_path / "samples.safetensors")
     side_by_side_ns = [(SLICE - 1) * 5 * MS * (10 if index == 3 else 1) for index in range(ROUNDS)]
     result = {
+        "rounds": ROUNDS,
         "excluded_rounds": [3],
         "slice_frames": SLICE,
         "side_by_side_ns": {"net": side_by_side_ns},

@@ -44,6 +44,7 @@ class Boxes:
 
         self.class_logits, self.distances = declared["class_logits"], declared["distances"]
         self.min_score, self.max_iou = declared["min_score"], declared["max_iou"]
+        self.class_agnostic = declared["class_agnostic"]
         levels = [_cells(size, stride) for stride in declared["strides"]]
         self.centres = np.concatenate([centres for centres, _ in levels])
         self.strides = np.concatenate([strides for _, strides in levels])
@@ -54,7 +55,7 @@ class Boxes:
         scores = 1 / (1 + np.exp(-outputs[self.class_logits][0].astype(np.float64)))
         labels, cells = np.nonzero(scores > self.min_score)
         boxes, scores = self.decode(outputs[self.distances][0], cells), scores[labels, cells]
-        kept = suppress(boxes, scores, labels, self.max_iou)
+        kept = suppress(boxes, scores, labels * (not self.class_agnostic), self.max_iou)
         return {
             "boxes": placement.to_frame(boxes[kept]),
             "scores": scores[kept],
