@@ -5,6 +5,9 @@ load ─┬─ analyze
                       └────────┴──────┴─ export ── verify      for each variant
                                            └─ build ── benchmark ── stream ── evaluate    on each target
                                                                                    └─ compare ── gate ── package
+
+A recipe with a cascade has the stages down to build once more for its classifier; both engines then run as one,
+behind evaluate.
 """
 
 from __future__ import annotations

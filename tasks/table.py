@@ -119,6 +119,8 @@ def _columns(metrics: Sequence[Metric], rows: Sequence[VariantResult]) -> list[C
         Column("samples/s", _of("throughput_samples_per_s"), min_width=110),
         _if_measured("in flight/s", "in_flight_samples_per_s"),
         _if_measured("FPS", "stream_fps_pipelined"),
+        _if_measured("cascade ms", "cascade_ms_p50"),
+        _if_measured("cascade mAP", "cascade_map50_95"),
         _if_measured("W", "power_w_mean"),
         _if_measured("mJ", "energy_mj_per_inference"),
         Column("MiB", _of("peak_memory_mib"), min_width=110),
