@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # Files in their order, which begins with the longest.
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test slow-test check fix ui clean bench
+.PHONY: setup demo test slow-test check fix ui clean bench workloads
 
 setup: $(STAMP)
 
@@ -42,6 +42,9 @@ ui: setup
 
 bench: setup
 	"$(BIN)/python" tests/benchmarks/upload.py
+
+workloads: setup
+	"$(BIN)/python" tests/benchmarks/workloads.py
 
 clean:
 	if [ -x "$(BIN)/jetway" ]; then "$(BIN)/jetway" stop; fi
