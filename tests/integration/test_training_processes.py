@@ -78,6 +78,7 @@ def test_two_processes_train_one_network_and_a_killed_run_goes_on(context):
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_a_quantized_network_trains_in_two_processes(context):
     given = context("qat")
     network = given.workload.network()

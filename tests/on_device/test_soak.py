@@ -27,8 +27,11 @@ def test_windows_cover_the_time_asked_for(workplace, request_for):
         assert seconds >= 0.1
         assert window["queries_per_s"] == pytest.approx(window["queries"] / seconds, rel=0.1)
         assert window["process_memory_mib"] > 10
-        assert window["memory_used_mib"] > 10
         assert window["device_memory_mib"] is None
+    # On a busy machine a window may pass without a sample.
+    sampled = [w["memory_used_mib"] for w in windows if w["memory_used_mib"] is not None]
+    assert sampled
+    assert min(sampled) > 10
     assert workplace.progress[-1]["done"] <= 0.6 == workplace.progress[-1]["total"]
     assert result["telemetry"]["columns"]["memory_used_mib"]["peak"] > 0
     assert isinstance(result["reasons"], list)
