@@ -28,12 +28,12 @@ PYTHONS = [
 ]
 
 USE = """
-import sys, time
+import sys
 from jetway.configs.schema import Target
 from jetway.tasks.target.session import open_target
 with open_target(Target(name="loopback", kind="loopback")) as session:
     print(session.target.identity_file, session.target.port, flush=True)
-    time.sleep(float(sys.argv[1]))
+    sys.stdin.read()
 """
 
 
@@ -42,10 +42,10 @@ def _home(jetway_home: Path) -> None:
     pass
 
 
-def start_user(seconds: float) -> tuple[subprocess.Popen[str], Path]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", USE, str(seconds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start_user() -> tuple[subprocess.Popen[str], Path]:
+    """A process with a session, which it keeps until its input ends."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", USE], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     assert process.stdout is not None
     keys = Path(process.stdout.readline().rpartition(" ")[0]).parent
     assert keys.exists()
@@ -79,7 +79,7 @@ def test_server_starts_soon(tmp_path: Path) -> None:
 
 
 def test_a_normal_end_is_silent_and_leaves_nothing(jetway_home: Path) -> None:
-    process, keys = start_user(0)
+    process, keys = start_user()
     output, errors = process.communicate(timeout=20)
     assert (process.returncode, output, errors) == (0, "", "")
     assert not keys.exists()
@@ -87,7 +87,7 @@ def test_a_normal_end_is_silent_and_leaves_nothing(jetway_home: Path) -> None:
 
 def test_server_ends_with_a_killed_process() -> None:
     before = servers()
-    process, keys = start_user(60)
+    process, keys = start_user()
     (server,) = servers() - before
     process.kill()
     process.communicate()

@@ -42,6 +42,7 @@ def test_push_and_pull_bring_the_same_bytes(session: TargetSession, tmp_path: Pa
     assert os.listdir(tmp_path / "back") == ["model.onnx"]
 
 
+@pytest.mark.serial
 def test_what_is_there_is_not_sent_again(session: TargetSession, tmp_path: Path) -> None:
     handle, path = make_file(tmp_path, 30 * MIB)
     remote = Path(session.push(handle, path))
