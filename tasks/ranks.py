@@ -59,9 +59,14 @@ class Ranks:
         return nn.parallel.DistributedDataParallel(network, static_graph=True)
 
 
+def in_group() -> bool:
+    """Whether torchrun started this process, and it joined the others."""
+    return distributed.is_initialized()
+
+
 def current_ranks() -> Ranks:
     """The group that this process belongs to."""
-    if not distributed.is_initialized():
+    if not in_group():
         return Ranks()
     return Ranks(distributed.get_rank(), distributed.get_world_size())
 

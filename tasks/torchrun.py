@@ -83,8 +83,9 @@ def _check_devices(training: Training) -> None:
         )
     if training.context.workload_config is None:
         raise ConfigError(
-            f"{training.stage}: processes is {wanted}, but other processes cannot make this workload, as it was "
-            "not loaded from a recipe. Pass workload_config to the context, or set processes to 1."
+            f"{training.stage}: processes is {wanted} and loader_workers {training.section.loader_workers}, but "
+            "other processes cannot make this workload, as it was not loaded from a recipe. Pass workload_config to "
+            "the context, or set processes to 1 and loader_workers to 0."
         )
 
 

@@ -39,7 +39,7 @@ from jetway.tasks.artifacts import json_sha256
 from jetway.tasks.errors import ConfigError, JetwayError, TrainingError, WorkloadError
 from jetway.tasks.features import Features, feature_loss, feature_names
 from jetway.tasks.metrics import Metric
-from jetway.tasks.ranks import Ranks, current_ranks
+from jetway.tasks.ranks import Ranks, current_ranks, in_group
 from jetway.tasks.stage import StageContext, seed_everything, stage_seed
 from jetway.tasks.structure import Structure
 from jetway.tasks.torchrun import Training, train_with_torchrun
@@ -105,12 +105,13 @@ def train(
     ``distillation`` in the section, ``teacher``'s outputs are followed too. State is kept under
     ``context.work_dir`` after every epoch, and the same call after a kill goes on from there.
 
-    With ``section.processes`` above 1 the work is done by that many processes under torchrun; they learn a
-    quantized network's ``structure`` from the caller, as it cannot be read off such a network.
+    With ``section.processes`` above 1, or processes that load, the work is done under torchrun: what loads is
+    forked, and a process with Prefect's threads must not be. A quantized network's ``structure`` comes from the
+    caller, as it cannot be read off such a network.
 
     Raises TrainingError when the loss is not finite, WorkloadError when what the user brought raises.
     """
-    if section.processes > current_ranks().count:
+    if (section.processes > 1 or section.loader_workers) and not in_group():
         training = Training(network, workload, section, context, teacher, stage, structure)
         return _as_result(train_with_torchrun(training, lambda line: on_epoch and on_epoch(Epoch(**line))))
     trainer = _Trainer(network, workload, section, context, data, teacher, stage)

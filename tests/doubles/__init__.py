@@ -23,6 +23,8 @@ CUDA_OF_TENSORRT = {
     "11.1.0.106": 13020,
     "11.4.0.106": 13020,
 }
+#: Where all is looked at by default: one or two of each generation of the API. The slow tests take every version.
+THOROUGH = ("8.0.1.6", "8.5.2.2", "8.6.1.6", "10.7.0", "10.13.3.9", "11.4.0.106")
 
 
 def compile_cudart(folder: Path, cuda_version: int = 12060) -> Path:

@@ -87,7 +87,12 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("stage", KILLS)
+def by_stage(cases, default):
+    """All of them are slow but one."""
+    return [pytest.param(stage, marks=[] if stage == default else [pytest.mark.slow]) for stage in cases]
+
+
+@pytest.mark.parametrize("stage", by_stage(KILLS, "benchmark"))
 def test_killed_run_leaves_nothing_and_the_next_one_goes_on(
     stage, quick_project, start_jetway, jetway_here, running_on_target, cli_home
 ):
@@ -132,7 +137,7 @@ INTERRUPTS = {
 }
 
 
-@pytest.mark.parametrize("stage", INTERRUPTS)
+@pytest.mark.parametrize("stage", by_stage(INTERRUPTS, "build"))
 def test_ctrl_c_ends_everything_and_says_so(stage, quick_project, start_jetway, running_on_target, cli_home):
     words, options = INTERRUPTS[stage]
     process = start_jetway("run", "my_recipe.yaml", *options, cwd=quick_project)

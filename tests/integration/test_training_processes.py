@@ -50,7 +50,7 @@ def test_two_processes_train_one_network_and_a_killed_run_goes_on(context):
     whole = context("whole")
     whole.progress = lambda stage, done, total, text="": steps.append((stage, done, total))
     teacher = whole.workload.network()
-    section = settings(epochs=4, distillation=DistillationConfig())
+    section = settings(epochs=4, distillation=DistillationConfig(), loader_workers=1)
     network, result = run(whole, section, teacher=teacher)
     assert [epoch.epoch for epoch in result.history] == [0, 1, 2, 3, 4]
     assert result.history[-1].loss < result.history[1].loss
@@ -98,11 +98,27 @@ def test_a_quantized_network_trains_in_two_processes(context):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
+def test_loading_processes_draw_the_same_whatever_their_number(context):
+    (first, one), (second, two) = (
+        run(context(str(workers), augmented=True), settings(processes=1, loader_workers=workers))
+        for workers in (1, 2)
+    )
+    assert [epoch.loss for epoch in one.history] == [epoch.loss for epoch in two.history]
+    assert all(epoch.samples_per_s > 0 for epoch in one.history[1:])
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
 def test_an_error_of_a_process_arrives_as_itself(context):
-    with pytest.raises(TrainingError, match="the loss became"):
-        run(context("diverges"), settings(learning_rate=1e30, optimizer="sgd"))
     with pytest.raises(WorkloadError, match="only 1 samples for 2 processes"):
         run(context("tiny", samples=1), settings())
+
+
+@pytest.mark.slow
+def test_an_error_of_a_step_arrives_as_itself(context):
+    with pytest.raises(TrainingError, match="the loss became"):
+        run(context("diverges"), settings(learning_rate=1e30, optimizer="sgd"))
 
 
 def test_a_context_without_a_recipe_is_refused(context):

@@ -166,13 +166,16 @@ def run_of(files, tensorrt_double, tmp_path_factory):
     return run
 
 
-PAIRS = [(version, sys.executable) for version in doubles.CUDA_OF_TENSORRT]
-PAIRS += [(version, str(python)) for version in ("8.0.1.6", "8.2.1.8") for python in OLDEST]
+def pairs():
+    for version in doubles.CUDA_OF_TENSORRT:
+        marks = [] if version in doubles.THOROUGH else [pytest.mark.slow]
+        yield pytest.param((version, sys.executable), id=version, marks=marks)
+    for version, marks in {"8.0.1.6": [pytest.mark.slow], "8.2.1.8": []}.items():
+        for python in OLDEST:
+            yield pytest.param((version, str(python)), id=f"{version}-python3.6", marks=marks)
 
 
-@pytest.fixture(
-    params=PAIRS, ids=lambda pair: pair[0] if pair[1] == sys.executable else f"{pair[0]}-python3.6"
-)
+@pytest.fixture(params=pairs())
 def found(request, run_of):
     """Every version in our Python, and the oldest two in the one that their JetPack has."""
     version, python = request.param

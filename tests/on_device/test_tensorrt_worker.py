@@ -18,7 +18,7 @@ import doubles
 import numpy as np
 import onnxruntime
 import pytest
-from doubles import networks
+from doubles import THOROUGH, networks
 from safetensors.numpy import load_file
 
 from jetway.tasks.on_device import passport
@@ -41,8 +41,8 @@ FIELD = {
 }
 #: What a Python that comes with none is tried with; with the slow tests, every Python is with every version.
 NEWEST = "11.4.0.106"
-#: Where all is looked at: one or two of each generation of the API.
-THOROUGH = ("8.0.1.6", "8.5.2.2", "8.6.1.6", "10.7.0", "10.13.3.9", "11.4.0.106")
+#: The JetPacks that are tried by default, each in its own Python.
+JETPACKS = ("8.2.1.8", "8.5.2.2", "10.3.0", "10.13.3.9")
 BUILD = {"workspace_mib": [64], "detailed_layers": True}
 SAMPLES = 5
 
@@ -64,7 +64,8 @@ def pairs():
     for python in sorted(PYTHONS, key=lambda text: int(text[2:])):
         for version in doubles.CUDA_OF_TENSORRT:
             stray = python not in FIELD.values() and version == NEWEST
-            chosen = python == OWN or FIELD.get(version) == python or stray
+            own = python == OWN and version in THOROUGH
+            chosen = own or stray or (version in JETPACKS and FIELD[version] == python)
             marks = [] if chosen else [pytest.mark.slow]
             yield pytest.param((python, version), id=f"python{python}-tensorrt{version}", marks=marks)
 

@@ -88,26 +88,6 @@ def test_the_same_seed_gives_the_same_network_bit_for_bit(run):
     assert without_seconds(one.history) == without_seconds(two.history)
 
 
-def test_loading_processes_draw_the_same_whatever_their_number(run, workload, monkeypatch):
-    class Drawn(torch.utils.data.Dataset):
-        def __init__(self, data):
-            self.data = data
-
-        def __len__(self):
-            return len(self.data)
-
-        def __getitem__(self, index):
-            inputs, target = self.data[index]
-            return {name: tensor + torch.rand(1) for name, tensor in inputs.items()}, target
-
-    data = Drawn(workload.train_data())
-    monkeypatch.setattr(type(workload), "train_data", lambda self: data)
-    (first, one), (second, two) = run(settings(loader_workers=1)), run(settings(loader_workers=2))
-    assert same_weights(first, second)
-    assert without_seconds(one.history) == without_seconds(two.history)
-    assert all(epoch.samples_per_s > 0 for epoch in one.history[1:])
-
-
 def test_another_seed_gives_another_network(run):
     assert not same_weights(run(settings(epochs=8))[0], run(settings(epochs=8), seed=1)[0])
 

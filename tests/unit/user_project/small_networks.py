@@ -382,7 +382,8 @@ class Untraceable(nn.Module):
 class Blobs(Dataset):
     """Noise around a mean of its class, so that there is something to learn."""
 
-    def __init__(self, network, count, seed):
+    def __init__(self, network, count, seed, augmented=False):
+        self.augmented = augmented
         generator = torch.Generator().manual_seed(seed)
         self.labels = torch.randint(0, 5, (count,), generator=generator)
         shift = self.labels.view(-1, *[1] * len(network.shape))
@@ -395,15 +396,16 @@ class Blobs(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index):
-        return {"x": self.inputs[index]}, int(self.labels[index])
+        noise = torch.rand(1) if self.augmented else 0
+        return {"x": self.inputs[index] + noise}, int(self.labels[index])
 
 
 class SmallWorkload(Workload):
     output_names = ("logits",)
     metrics = (Metric(name="top1"),)
 
-    def __init__(self, network="Residual", samples=60):
-        self.network_class, self.samples = globals()[network], samples
+    def __init__(self, network="Residual", samples=60, augmented=False):
+        self.network_class, self.samples, self.augmented = globals()[network], samples, augmented
 
     def network(self):
         return self.network_class()
@@ -412,7 +414,7 @@ class SmallWorkload(Workload):
         return {"x": self.evaluation_data()[0][0]["x"][None]}
 
     def train_data(self):
-        return Blobs(self.network_class, self.samples, seed=1)
+        return Blobs(self.network_class, self.samples, seed=1, augmented=self.augmented)
 
     def calibration_data(self):
         return Blobs(self.network_class, 16, seed=2)
