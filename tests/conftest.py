@@ -19,6 +19,27 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.append(str(ROOT / "tests"))
 pytest_plugins = ["doubles.fixtures"]
 
+#: Files whose runs would only wait for each other: one at a time has this machine's accelerator.
+ON_TARGETS = {
+    f"test_{name}.py"
+    for name in (
+        "bad_input",
+        "deploy",
+        "interrupted",
+        "package",
+        "target_connection",
+        "target_jobs",
+        "target_loopback",
+        "target_transfer",
+    )
+}
+
+
+def pytest_itemcollected(item):
+    """Tests of one file run in one process, for the sake of its fixtures."""
+    own = f"{item.path.parent.name}/{item.path.name}"
+    item.add_marker(pytest.mark.xdist_group("targets" if item.path.name in ON_TARGETS else own))
+
 
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path, monkeypatch, request):
