@@ -21,10 +21,11 @@ pytest_plugins = ["doubles.fixtures"]
 
 #: Files whose runs would only wait for each other: one at a time has this machine's accelerator.
 ON_TARGETS = {
-    f"test_{name}.py"
+    f"integration/test_{name}.py"
     for name in (
         "bad_input",
         "deploy",
+        "deployed",
         "interrupted",
         "package",
         "target_connection",
@@ -38,7 +39,7 @@ ON_TARGETS = {
 def pytest_itemcollected(item):
     """Tests of one file run in one process, for the sake of its fixtures."""
     own = f"{item.path.parent.name}/{item.path.name}"
-    item.add_marker(pytest.mark.xdist_group("targets" if item.path.name in ON_TARGETS else own))
+    item.add_marker(pytest.mark.xdist_group("targets" if own in ON_TARGETS else own))
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 from jetway.tasks.deployed import SLOWER_MACHINE
 from jetway.tasks.tracking.tracker import Tracker
 
-pytestmark = [pytest.mark.serial, pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.filterwarnings("default")
 
 SMALL = [
     "--set", "train.epochs=3", "--set", "variants=[baseline-fp32]", "--set", 'gates=["top1 >= 0.5"]',

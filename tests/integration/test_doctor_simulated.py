@@ -34,6 +34,7 @@ def verdicts(checks, *names):
     return [str(checks[name].verdict) for name in names]
 
 
+@pytest.mark.slow
 def test_a_double_that_computes_answers_as_the_host(diagnosed):
     checks = diagnosed(SERVER)
     precisions = [f"{NETWORK} {name}" for name in ("fp32", "fp16", "bf16", "int8-ptq")]

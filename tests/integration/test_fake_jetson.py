@@ -111,7 +111,9 @@ def test_each_board_builds_what_it_can(on_jetsons, jetway_here, switch_on, cli_h
     assert "simulated" in jetway_here("show", run.json["run_id"][:12], cwd=cli_home).stdout.lower()
 
 
-@pytest.mark.parametrize(("name", "mode"), [(XAVIER, "MODE_15W_6CORE"), (SERVER, None)])
+@pytest.mark.parametrize(
+    ("name", "mode"), [(XAVIER, "MODE_15W_6CORE"), pytest.param(SERVER, None, marks=pytest.mark.slow)]
+)
 def test_every_pass_of_the_benchmark(on_jetsons, switch_on, name, mode):
     """In a power mode of its own and with locked clocks, which are put back."""
     asked = {name: {"power_mode": mode, "lock_clocks": True}} if mode else {}
@@ -147,6 +149,7 @@ def test_int8_on_a_nano_is_refused_before_anything_is_trained(on_jetsons):
     assert "no int8 kernels" in run.stderr + run.stdout
 
 
+@pytest.mark.slow
 def test_a_run_survives_what_befalls_its_boards(on_jetsons, switch_on, fault, when, cli_home):
     """At once: a board throttles, a link drops and a board reboots in the middle of a build, memory is short."""
     nano, xavier, orin = (switch_on(name) for name in (NANO, XAVIER, ORIN))
