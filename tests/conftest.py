@@ -13,9 +13,6 @@ from jetway.flows.server import stop_server
 
 ROOT = Path(__file__).parents[1]
 
-# Read when PyTorch is loaded. Its threads spin where they wait for each other, which takes the cores from the
-# test beside them: training took ten times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.append(str(ROOT / "tests"))
 pytest_plugins = ["doubles.fixtures"]
 
