@@ -129,6 +129,18 @@ def show(options: argparse.Namespace) -> int:
     return 0
 
 
+def compare(options: argparse.Namespace) -> int:
+    from jetway.flows.compare import compare_runs
+
+    return compare_runs(
+        options.first,
+        options.second,
+        margin=options.margin,
+        metrics=options.metric or (),
+        as_json=options.json,
+    )
+
+
 def trust(options: argparse.Namespace) -> int:
     target = load_target(options.target)
     from jetway.flows.check import trust_target
@@ -161,8 +173,8 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="jetway",
         description="Prune, quantize and deploy PyTorch networks to edge devices over SSH, and measure them there.",
-        epilog="Exit codes: 0 passed its gates, 1 gate missed, 2 bad config or usage, 3 target, 4 stage failed, "
-        "5 measurement invalid or evidence too thin, 6 tracking, 130 interrupted.",
+        epilog="Exit codes: 0 passed its gates, 1 gate missed or something regressed, 2 bad config or usage, "
+        "3 target, 4 stage failed, 5 measurement invalid or evidence too thin, 6 tracking, 130 interrupted.",
     )
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     command = _adder(commands)
@@ -197,6 +209,22 @@ def parser() -> argparse.ArgumentParser:
     _json_argument(sub)
     sub = command("show", show, "print the stage table of a finished run")
     sub.add_argument("run", help="MLflow run id or the start of one, or 'latest'")
+    _json_argument(sub)
+    sub = command(
+        "compare", compare, "compare two finished runs: what changed, and whether something got worse"
+    )
+    sub.add_argument("first", help="MLflow run id or the start of one: what the other is compared with")
+    sub.add_argument("second", help="the run that is judged; 'latest' is the newest")
+    sub.add_argument(
+        "--margin",
+        type=_share,
+        default=0.01,
+        metavar="SHARE",
+        help="smallest drop of a score that must not pass unseen; 0.01 by default",
+    )
+    sub.add_argument(
+        "--metric", action="append", metavar="NAME", help="judge this metric alone; may be repeated"
+    )
     _json_argument(sub)
     sub = command("trust", trust, "show a target's host key and record it")
     sub.add_argument("target", help="name of a target, or its YAML file")
@@ -241,6 +269,16 @@ def _positive_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number, such as 10")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share above 0 and below 1, such as 0.01")
+    return share
 
 
 def _minutes(text: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from rich.console import Console
 
@@ -10,6 +11,7 @@ from jetway.flows.record import RESULT_PATH, RunResult
 from jetway.tasks.errors import TrackingError
 from jetway.tasks.table import stage_table, table_notes
 from jetway.tasks.tracking.tracker import Tracker
+from jetway.tasks.tracking.values import RunRecord
 
 
 def show_run(id_or_prefix: str, *, as_json: bool) -> None:
@@ -17,18 +19,25 @@ def show_run(id_or_prefix: str, *, as_json: bool) -> None:
 
     Raises TrackingError when there is no such run, or it ended before it had a table.
     """
-    tracker = Tracker()
-    latest = id_or_prefix == "latest"
-    run = tracker.newest_run_with(RESULT_PATH) if latest else tracker.find_run(id_or_prefix)
-    try:
-        document = tracker.load_json(run.run_id, RESULT_PATH)
-    except TrackingError as exc:
-        error = run.tags.get("error", "it did not get that far")
-        raise TrackingError(f"Run {run.run_id[:8]} is {run.status} and has no stage table: {error}") from exc
+    _, document = find_result(Tracker(), id_or_prefix)
     if as_json:
         print(json.dumps(document, indent=1))
         return
     print_result(RunResult.model_validate(document))
+
+
+def find_result(tracker: Tracker, id_or_prefix: str) -> tuple[RunRecord, Any]:
+    """A run and the JSON of its result; ``latest`` is the newest with a table.
+
+    Raises TrackingError when there is no such run, or it ended before it had a table.
+    """
+    latest = id_or_prefix == "latest"
+    run = tracker.newest_run_with(RESULT_PATH) if latest else tracker.find_run(id_or_prefix)
+    try:
+        return run, tracker.load_json(run.run_id, RESULT_PATH)
+    except TrackingError as exc:
+        error = run.tags.get("error", "it did not get that far")
+        raise TrackingError(f"Run {run.run_id[:8]} is {run.status} and has no stage table: {error}") from exc
 
 
 def print_result(result: RunResult) -> None:

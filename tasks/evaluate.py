@@ -66,7 +66,7 @@ def evaluate_engine(
         metrics=context.workload.summarize(records),
         samples=len(records),
         seconds=result["seconds"],
-        records=context.store.add_json(records, parents=(engine.sha256,)),
+        records=context.store.add_json(records, parents=(engine.sha256, *(chunk.sha256 for chunk in inputs))),
     )
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from enum import StrEnum
 from statistics import NormalDist
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from jetway.tasks.paired_tests import drop_interval, holm, mcnemar, median_shift
 from jetway.tasks.results import Interval
+
+K = TypeVar("K", bound=Hashable)
 
 #: Largest slowdown that does not matter, as a share.
 LATENCY_MARGIN = 0.03
@@ -130,7 +132,7 @@ def score_evidence(
     )
 
 
-def judge(evidence: Mapping[str, Evidence], *, alpha: float = FALSE_ALARM_RATIO) -> dict[str, MetricVerdict]:
+def judge(evidence: Mapping[K, Evidence], *, alpha: float = FALSE_ALARM_RATIO) -> dict[K, MetricVerdict]:
     """One verdict a metric, false alarms held to ``alpha`` over all of them together (Holm).
 
     By equivalence (times): REGRESSED is significant and more than the margin; SAME has its whole interval

@@ -57,6 +57,21 @@ def test_readme_example_deploys_and_then_is_reused(project, jetway, jetway_here,
     shown = jetway_here("show", document["run_id"][:12], cwd=project)
     assert shown.exit_code == 0
     assert "pruned-int8-qat" in shown.stdout
+    check_comparison(jetway_here, project, [run.json["run_id"] for run in (first, again, changed)])
+
+
+def check_comparison(jetway_here, project, run_ids):
+    """A run with itself repeated, where nothing but times can have changed, and with one whose QAT was longer."""
+    first, again, changed = run_ids
+    repeated = jetway_here("compare", first, again, "--json", cwd=project).json
+    told = {(one["change"], one["reason"]) for row in repeated["rows"] for one in row["metrics"]}
+    assert ("SAME", "the same engine file") in told
+    assert {change for change, _ in told} == {"SAME", "UNKNOWN"}
+    trained = jetway_here("compare", again, changed, "--json", cwd=project).json
+    assert trained["params"]["qat.epochs"] == ["1", "2"]
+    scored = {row["variant"]: row["metrics"][-1] for row in trained["rows"]}
+    assert scored["pruned-fp32"]["reason"] == "the same engine file"
+    assert scored["pruned-int8-qat"]["evidence"]["count"] == 497
 
 
 def test_project_with_folders_of_our_names_deploys(project, jetway):

@@ -29,7 +29,8 @@ def test_score_is_that_of_the_network_on_the_host(deployed, engine):
     assert records == evaluate_network(deployed.context.workload, deployed.context.workload.trained)
     assert found.metrics == {"top1": pytest.approx(24 / 30)}
     assert found.samples == 30
-    assert found.records.parents == (engine.sha256,)
+    inputs = export_inputs(deployed.context, EvaluateConfig())
+    assert found.records.parents == (engine.sha256, *(chunk.sha256 for chunk in inputs))
 
 
 def test_an_evaluation_shows_under_the_name_that_it_ends_with(deployed, engine, monkeypatch):

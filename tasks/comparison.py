@@ -1,0 +1,282 @@
+"""Two stored runs side by side: what differs of each variant on each target, and what can be said of it.
+
+Stored runs were not measured in turns. What a machine does between two sessions passes for a change of the engine,
+so their times get no verdict; networks and files are compared exactly, and scores by the samples that both saw.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from jetway.tasks.errors import ConfigError, JetwayError
+from jetway.tasks.gates import EXIT_GATE_MISSED, EXIT_NO_VERDICT, EXIT_PASSED
+from jetway.tasks.metrics import Metric
+from jetway.tasks.results import VariantResult
+from jetway.tasks.statistics import paired_drop
+from jetway.tasks.verdict import (
+    Change,
+    Evidence,
+    MetricVerdict,
+    correctness_evidence,
+    judge,
+    overall,
+    score_evidence,
+)
+
+Record = Mapping[str, Any]
+Summarize = Callable[[Sequence[Any]], Mapping[str, float]]
+
+#: Read off the network and the engine's file, without noise.
+EXACT_METRICS = ("params", "macs", "size_bytes")
+#: What of an exact figure does not matter, as a share: some builders pad their files.
+EXACT_MARGIN = 0.01
+#: Why two stored times support no verdict.
+NOT_IN_TURNS = "not measured in turns"
+EXIT_CODES = {Change.REGRESSED: EXIT_GATE_MISSED, Change.UNKNOWN: EXIT_NO_VERDICT}
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ComparedMetric(_Value):
+    """One metric of both runs."""
+
+    metric: str
+    before: float | None
+    after: float | None
+    change: Change
+    reason: str = Field(default="", description="Why there is no verdict, or what else it rests on.")
+    evidence: Evidence | None = Field(default=None, description="Where the samples of both could be paired.")
+
+
+class ComparedRow(_Value):
+    """One variant on one target in both runs."""
+
+    variant: str
+    target: str
+    simulated: bool = Field(description="In either run: its figures say nothing of a device.")
+    metrics: tuple[ComparedMetric, ...]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an engine scored, sample by sample, and digests of the engine and of what it was given."""
+
+    records: Sequence[Record]
+    engine_sha256: str
+    #: Empty in runs that did not keep them yet.
+    inputs_sha256: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RowPair:
+    """The same variant on the same target in both runs, with its scores."""
+
+    before: VariantResult
+    after: VariantResult
+    scores: tuple[Scores, Scores]
+
+
+def match_rows(
+    before: Sequence[VariantResult], after: Sequence[VariantResult]
+) -> tuple[list[tuple[VariantResult, VariantResult]], list[str]]:
+    """Rows of the same variant and target, and a line for each row that only one run has.
+
+    Raises ConfigError when the runs have no row in common.
+    """
+    first, second = ({f"{row.variant} on {row.target}": row for row in rows} for rows in (before, after))
+    common = [(row, second[name]) for name, row in first.items() if name in second]
+    if not common:
+        raise ConfigError(
+            f"The runs share no variant on a target: the first has {', '.join(first)}, the second "
+            f"{', '.join(second)}. Compare runs of the same variants on the same target."
+        )
+    alone = [f"only the first run has {name}" for name in first if name not in second]
+    return common, alone + [f"only the second run has {name}" for name in second if name not in first]
+
+
+def compare_rows(
+    pairs: Sequence[RowPair],
+    task_metrics: Sequence[Metric],
+    summarize: Summarize,
+    *,
+    margin: float,
+    names: Sequence[str] = (),
+) -> list[ComparedRow]:
+    """What changed of each pair's metrics; false alarms are held over all scores together.
+
+    ``margin`` is the smallest drop of a score that must not pass unseen, ``summarize`` the workload's. Without
+    ``names`` of metrics, networks, files, the median latency and scores are compared. Raises ConfigError for a name
+    that no row has.
+    """
+    scored = {metric.name: metric for metric in task_metrics}
+    chosen = _chosen(names, (*EXACT_METRICS, "latency_ms_p50", *scored), pairs)
+    table = [
+        [
+            _score(pair, scored[name], summarize, margin) if name in scored else _figure(pair, name)
+            for name in chosen
+        ]
+        for pair in pairs
+    ]
+    evidence = {
+        (i, one.metric): one.evidence
+        for i, row in enumerate(table)
+        for one in row
+        if one.evidence is not None
+    }
+    verdicts = judge(evidence)
+    return [
+        ComparedRow(
+            variant=pair.before.variant,
+            target=pair.before.target,
+            simulated=pair.before.simulated or pair.after.simulated,
+            metrics=tuple(_judged(one, verdicts.get((i, one.metric))) for one in table[i]),
+        )
+        for i, pair in enumerate(pairs)
+    ]
+
+
+def differing_params(
+    before: Mapping[str, str], after: Mapping[str, str]
+) -> dict[str, tuple[str | None, str | None]]:
+    """Params that are not the same in both, by name; None where a run has no such param."""
+    names = sorted(before.keys() | after.keys())
+    return {
+        name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)
+    }
+
+
+def overall_change(rows: Sequence[ComparedRow]) -> Change:
+    return overall([one.change for row in rows for one in row.metrics])
+
+
+def exit_code(change: Change) -> int:
+    """1 when something regressed, else 5 when something is UNKNOWN, else 0."""
+    return EXIT_CODES.get(change, EXIT_PASSED)
+
+
+def _chosen(names: Sequence[str], default: Sequence[str], pairs: Sequence[RowPair]) -> list[str]:
+    known = {name for pair in pairs for row in (pair.before, pair.after) for name in row.measured()}
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise ConfigError(
+                f"No metric {name!r} in these runs.{hint} They have {', '.join(sorted(known))}."
+            )
+    return [name for name in names or default if name in known]
+
+
+def _figure(pair: RowPair, name: str) -> ComparedMetric:
+    before, after = pair.before.value(name), pair.after.value(name)
+    change, reason = Change.UNKNOWN, _why_no_verdict(pair, before, after)
+    if name in EXACT_METRICS and before is not None and after is not None:
+        change, reason = _exact_change(before, after), ""
+    return ComparedMetric(metric=name, before=before, after=after, change=change, reason=reason)
+
+
+def _exact_change(before: float, after: float) -> Change:
+    if math.isclose(before, after, rel_tol=EXACT_MARGIN):
+        return Change.SAME
+    return Change.REGRESSED if after > before else Change.IMPROVED
+
+
+def _why_no_verdict(pair: RowPair, before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return "not measured in both"
+    invalid = [which for which, row in _sides(pair) if not row.validity.valid]
+    if invalid:
+        return f"INVALID in {' and '.join(invalid)}"
+    boards = {pair.before.board, pair.after.board}
+    return "on different boards" if len(boards) > 1 else NOT_IN_TURNS
+
+
+def _sides(pair: RowPair) -> tuple[tuple[str, VariantResult], tuple[str, VariantResult]]:
+    return ("the first run", pair.before), ("the second run", pair.after)
+
+
+def _score(pair: RowPair, metric: Metric, summarize: Summarize, margin: float) -> ComparedMetric:
+    compared = ComparedMetric(
+        metric=metric.name,
+        before=pair.before.value(metric.name),
+        after=pair.after.value(metric.name),
+        change=Change.UNKNOWN,
+    )
+    first, second = pair.scores
+    reason = _why_not_paired(first, second)
+    if reason:
+        return compared.model_copy(update={"reason": reason})
+    if first.engine_sha256 == second.engine_sha256 and first.records == second.records:
+        return compared.model_copy(update={"change": Change.SAME, "reason": "the same engine file"})
+    try:
+        evidence = _paired_evidence(pair, metric, summarize, margin)
+    except JetwayError as exc:
+        return compared.model_copy(update={"reason": str(exc)})
+    return compared.model_copy(update={"evidence": evidence})
+
+
+def _why_not_paired(first: Scores, second: Scores) -> str:
+    counts = len(first.records), len(second.records)
+    if counts[0] != counts[1]:
+        return f"other evaluation data: {counts[0]:,} samples and {counts[1]:,}"
+    if first.inputs_sha256 and second.inputs_sha256 and first.inputs_sha256 != second.inputs_sha256:
+        return "other evaluation data: the inputs differ"
+    return "" if counts[0] else "no samples"
+
+
+def _paired_evidence(pair: RowPair, metric: Metric, summarize: Summarize, margin: float) -> Evidence:
+    """By McNemar where the score is a share of right samples, else by bootstrap.
+
+    Raises ConfigError when the workload's code does not give the values that were recorded.
+    """
+    before, after = (scores.records for scores in pair.scores)
+    is_mean = _reproduces(pair, metric, partial(_mean, metric.name))
+    if is_mean and all(record[metric.name] in (0, 1) for record in (*before, *after)):
+        sides = [[record[metric.name] for record in records] for records in (before, after)]
+        return correctness_evidence(*(sides if metric.higher_is_better else sides[::-1]), margin=margin)
+    if not is_mean and not _reproduces(pair, metric, summarize):
+        raise ConfigError("the workload's summarize() gives other values than were recorded")
+    drop, interval = paired_drop(
+        before,
+        after,
+        partial(_mean, metric.name) if is_mean else summarize,
+        metric.name,
+        higher_is_better=metric.higher_is_better,
+    )
+    differing = sum(one != other for one, other in zip(before, after, strict=True))
+    return score_evidence(drop, interval, len(before), differing=differing, margin=margin)
+
+
+def _reproduces(pair: RowPair, metric: Metric, summarize: Summarize) -> bool:
+    """Whether the records give the recorded values, so that resamples of them mean the same."""
+    return all(
+        math.isclose(
+            summarize(scores.records).get(metric.name, math.nan),
+            row.metrics.get(metric.name) or 0.0,
+            abs_tol=1e-9,
+        )
+        for row, scores in zip((pair.before, pair.after), pair.scores, strict=True)
+    )
+
+
+def _mean(name: str, records: Sequence[Record]) -> dict[str, float]:
+    values = [record.get(name) for record in records]
+    numbers = [value for value in values if isinstance(value, (int, float))]
+    return {name: sum(numbers) / len(numbers)} if len(numbers) == len(values) else {}
+
+
+def _judged(compared: ComparedMetric, verdict: MetricVerdict | None) -> ComparedMetric:
+    if verdict is None or compared.evidence is None:
+        return compared
+    evidence = compared.evidence.model_copy(update={"p_value": verdict.p_value})
+    return compared.model_copy(
+        update={"change": verdict.change, "reason": verdict.reason, "evidence": evidence}
+    )

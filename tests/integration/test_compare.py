@@ -1,0 +1,94 @@
+"""``jetway compare`` on stored runs, through the command."""
+
+import numpy as np
+import pytest
+
+from jetway.flows.record import RESULT_PATH, RunResult
+from jetway.tasks.metrics import Metric
+from jetway.tasks.results import VariantResult
+from jetway.tasks.store import Store
+from jetway.tasks.tracking.tracker import Tracker
+
+ENGINES, DATA = {"first": "1" * 64, "second": "2" * 64}, "d" * 64
+
+
+@pytest.fixture
+def here(jetway_here, tmp_path):
+    return lambda *arguments: jetway_here("compare", *arguments, cwd=tmp_path)
+
+
+@pytest.fixture
+def store_run(jetway_here, cli_home):
+    """Stores a finished run of one variant as ``jetway run`` does, and returns its id."""
+
+    def store(name, right, *, samples=5000, params=(), variant="pruned-int8-qat", **metrics):
+        tracker, files = Tracker(), Store()
+        records = [{"top1": float(i < right)} for i in range(samples)]
+        row = VariantResult(
+            variant=variant, target="loopback", precision="int8", engine="onnxruntime", board="a board",
+            metrics={"top1": float(np.mean([record["top1"] for record in records])), **metrics},
+        )  # fmt: skip
+        run_id = tracker.start_run("digits", {"seed": 0, **dict(params)}, run_name=f"digits {name}")
+        child = tracker.start_child(run_id, variant, tags={"variant": variant, "target": "loopback"})
+        handle = files.add_json(records, parents=(ENGINES[name], DATA))
+        tracker.log_files(child, {"records.json": (handle, files.open(handle))})
+        tracker.finish(child, "FINISHED")
+        result = RunResult(run_id=run_id, exit_code=0, rows=(row,), task_metrics=(Metric(name="top1"),))
+        tracker.log_json(run_id, RESULT_PATH, result.model_dump(mode="json"))
+        tracker.finish(run_id, "FINISHED")
+        return run_id
+
+    return store
+
+
+def test_drop_of_accuracy_is_a_regression(store_run, here):
+    first = store_run("first", 4900, params={"qat.epochs": 3}, latency_ms_p50=1.0, size_bytes=1000.0)
+    second = store_run("second", 4750, params={"qat.epochs": 1}, latency_ms_p50=1.0, size_bytes=900.0)
+    compared = here(first, second, "--json")
+    assert compared.exit_code == 1
+    document = compared.json
+    assert (document["change"], document["exit_code"]) == ("REGRESSED", 1)
+    assert document["params"] == {"qat.epochs": ["3", "1"]}
+    changes = {one["metric"]: one["change"] for one in document["rows"][0]["metrics"]}
+    assert changes == {"top1": "REGRESSED", "size_bytes": "IMPROVED", "latency_ms_p50": "UNKNOWN"}
+    told = here(first, second)
+    assert told.exit_code == 1
+    for text in (
+        "pruned-int8-qat on loopback",
+        "UNKNOWN, not measured in turns: latency_ms_p50 of pruned-int8-qat on loopback",
+        "of 98 pairs",
+        "qat.epochs",
+        "drop 0.0300",
+    ):
+        assert text in told.stdout
+    assert "seed" not in told.stdout
+
+
+def test_metrics_by_name_can_pass(store_run, here):
+    first, second = (store_run(name, 4900, latency_ms_p50=1.0, size_bytes=9.0) for name in ENGINES)
+    assert here(first, second).exit_code == 5
+    passed = here(first[:12], second[:12], "--metric", "top1", "--metric", "size_bytes", "--json")
+    assert (passed.exit_code, passed.json["change"]) == (0, "SAME")
+
+
+def test_a_wider_margin_lets_a_drop_pass(store_run, here):
+    first, second = store_run("first", 4900), store_run("second", 4800)
+    assert here(first, second).exit_code == 1
+    assert here(first, second, "--margin", "0.05").exit_code == 0
+
+
+@pytest.mark.parametrize("share", ["0", "1", "-0.1", "nan", "much"])
+def test_margin_wants_a_share(share, here, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        here("a", "b", "--margin", share)
+    assert "is no share above 0 and below 1" in capsys.readouterr().err
+
+
+def test_what_cannot_be_compared_is_explained(store_run, here):
+    first, other = store_run("first", 4900), store_run("second", 4900, variant="baseline-fp32")
+    same = here(first, first)
+    assert (same.exit_code, "Both are run" in same.stderr) == (2, True)
+    apart = here(first, other)
+    assert (apart.exit_code, "share no variant on a target" in apart.stderr) == (2, True)
+    unknown = here(first, "feedbeef", "--json")
+    assert (unknown.exit_code, unknown.json["exit_code"]) == (6, 6)
