@@ -152,9 +152,12 @@ def overall(changes: Sequence[Change]) -> Change:
     return next((change for change in order if change in changes), Change.UNKNOWN)
 
 
-def next_look(pairs: int) -> int | None:
-    """Number of valid pairs at which the evidence is looked at next; None when the budget is spent."""
-    return next((look for look in LOOKS if look > pairs), None)
+def remaining_alpha(last_look: int) -> float:
+    """What the final look may spend when the budget ends before the next planned one: all that no look has.
+
+    That holds where the clock ends it, and not what was seen.
+    """
+    return sum(share for look, share in LOOKS.items() if look > last_look)
 
 
 def _verdict(evidence: Evidence, alpha: float) -> MetricVerdict:

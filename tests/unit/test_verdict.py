@@ -8,8 +8,8 @@ from jetway.tasks.verdict import (
     Change,
     correctness_evidence,
     judge,
-    next_look,
     overall,
+    remaining_alpha,
     score_evidence,
     timing_evidence,
 )
@@ -103,8 +103,9 @@ def test_looks_spend_no_more_than_the_false_alarms_allowed():
     assert sum(LOOKS.values()) == pytest.approx(FALSE_ALARM_RATIO)
 
 
-def test_next_look_ends_with_the_budget():
-    assert [next_look(pairs) for pairs in (0, 7, 9, 10, 19, 20)] == [7, 10, 10, 14, 20, None]
+@pytest.mark.parametrize(("last_look", "alpha"), [(0, 0.01), (7, 0.01), (10, 0.003), (14, 0.0015), (20, 0.0)])
+def test_final_look_may_spend_what_no_look_before_it_has(last_look, alpha):
+    assert remaining_alpha(last_look) == pytest.approx(alpha)
 
 
 def test_change_within_the_margin_is_the_same_even_where_it_is_certain():
