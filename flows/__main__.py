@@ -136,7 +136,9 @@ def compare(options: argparse.Namespace) -> int:
         options.first,
         options.second,
         margin=options.margin,
+        variants=options.variant or (),
         metrics=options.metric or (),
+        minutes=options.minutes if options.in_turns else None,
         as_json=options.json,
     )
 
@@ -224,6 +226,24 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--metric", action="append", metavar="NAME", help="judge this metric alone; may be repeated"
+    )
+    sub.add_argument(
+        "--variant",
+        action="append",
+        metavar="NAME",
+        help="compare this one alone, or a pattern; may be repeated",
+    )
+    sub.add_argument(
+        "--in-turns",
+        action="store_true",
+        help="measure both runs' engines on their targets, in turns, for a verdict on latency",
+    )
+    sub.add_argument(
+        "--minutes",
+        type=_minutes,
+        default=10.0,
+        metavar="MINUTES",
+        help="with --in-turns: longest measurement of a variant; 10 by default",
     )
     _json_argument(sub)
     sub = command("trust", trust, "show a target's host key and record it")

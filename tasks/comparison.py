@@ -1,7 +1,8 @@
 """Two stored runs side by side: what differs of each variant on each target, and what can be said of it.
 
 Stored runs were not measured in turns. What a machine does between two sessions passes for a change of the engine,
-so their times get no verdict; networks and files are compared exactly, and scores by the samples that both saw.
+so their times get no verdict before ``duel`` has measured them in turns; networks and files are compared exactly, and
+scores by the samples that both saw.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from jetway.tasks.duel import METRIC, DuelResult
 from jetway.tasks.errors import ConfigError, JetwayError
 from jetway.tasks.gates import EXIT_GATE_MISSED, EXIT_NO_VERDICT, EXIT_PASSED
 from jetway.tasks.metrics import Metric
@@ -85,6 +88,15 @@ class RowPair:
     scores: tuple[Scores, Scores]
 
 
+def select_rows(rows: Sequence[VariantResult], variants: Sequence[str]) -> list[VariantResult]:
+    """The rows whose variant fits one of the patterns, all of them without patterns. Raises ConfigError for none."""
+    found = [row for row in rows if not variants or any(fnmatchcase(row.variant, one) for one in variants)]
+    if not found:
+        names = ", ".join(dict.fromkeys(row.variant for row in rows))
+        raise ConfigError(f"No variant of the run fits {', '.join(variants)}. It has {names}.")
+    return found
+
+
 def match_rows(
     before: Sequence[VariantResult], after: Sequence[VariantResult]
 ) -> tuple[list[tuple[VariantResult, VariantResult]], list[str]]:
@@ -144,6 +156,13 @@ def compare_rows(
     ]
 
 
+def with_turns(
+    rows: Sequence[ComparedRow], results: Mapping[tuple[str, str], DuelResult]
+) -> list[ComparedRow]:
+    """The rows with the median latency as it was measured in turns, by variant and target."""
+    return [_with_duel(row, results[row.variant, row.target]) for row in rows]
+
+
 def differing_params(
     before: Mapping[str, str], after: Mapping[str, str]
 ) -> dict[str, tuple[str | None, str | None]]:
@@ -161,6 +180,20 @@ def overall_change(rows: Sequence[ComparedRow]) -> Change:
 def exit_code(change: Change) -> int:
     """1 when something regressed, else 5 when something is UNKNOWN, else 0."""
     return EXIT_CODES.get(change, EXIT_PASSED)
+
+
+def _with_duel(row: ComparedRow, result: DuelResult) -> ComparedRow:
+    verdict = result.verdict
+    latency = ComparedMetric(
+        metric=METRIC,
+        before=result.p50_ms("champion"),
+        after=result.p50_ms("candidate"),
+        change=verdict.change,
+        reason=verdict.reason,
+        evidence=Evidence.model_validate(verdict.model_dump(include=set(Evidence.model_fields))),
+    )
+    others = [one for one in row.metrics if one.metric != METRIC]
+    return row.model_copy(update={"metrics": (*others, latency)})
 
 
 def _chosen(names: Sequence[str], default: Sequence[str], pairs: Sequence[RowPair]) -> list[str]:

@@ -12,7 +12,7 @@ from rich.text import Text
 from jetway.tasks.artifacts import SCHEMA_VERSION
 from jetway.tasks.comparison import ComparedMetric, ComparedRow, exit_code, overall_change
 from jetway.tasks.table import NOTHING, human_bytes, human_count
-from jetway.tasks.verdict import Change
+from jetway.tasks.verdict import Change, Evidence
 
 _STYLES = {Change.REGRESSED: "bold red", Change.IMPROVED: "green", Change.SAME: "", Change.UNKNOWN: "yellow"}
 _TEXTS = {"params": human_count, "macs": human_count, "size_bytes": human_bytes}
@@ -82,15 +82,21 @@ def _value(metric: ComparedMetric, value: float | None) -> str:
 def _change(metric: ComparedMetric) -> str:
     """Of a score the drop, as its interval is one; of any other figure its share."""
     if metric.evidence:
-        return f"drop {metric.evidence.effect:.4f}"
+        return _effect(metric.evidence, metric.evidence.effect)
     if metric.before is None or metric.after is None:
         return NOTHING
     return f"{metric.after / metric.before - 1:+.1%}" if metric.before else NOTHING
 
 
 def _interval(metric: ComparedMetric) -> str:
-    interval = metric.evidence.interval if metric.evidence else None
-    return f"[{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
+    if metric.evidence is None or metric.evidence.interval is None:
+        return ""
+    low, high = (_effect(metric.evidence, edge).removeprefix("drop ") for edge in metric.evidence.interval)
+    return f"[{low}, {high}]"
+
+
+def _effect(evidence: Evidence, value: float) -> str:
+    return f"{value:+.1%}" if evidence.unit == "runs" else f"drop {value:.4f}"
 
 
 def _params_table(params: Params) -> Table:

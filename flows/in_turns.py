@@ -1,0 +1,84 @@
+"""``jetway compare --in-turns``: the engines of two stored runs, measured anew in turns on their targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+
+from jetway.configs.load import load_target
+from jetway.configs.schema import BenchmarkConfig
+from jetway.flows.stored_run import StoredRun
+from jetway.tasks.artifacts import Engine
+from jetway.tasks.benchmark import benchmark_engines
+from jetway.tasks.duel import Budget, DuelResult, Side, duel
+from jetway.tasks.measurement import BenchmarkResult
+from jetway.tasks.results import VariantResult
+from jetway.tasks.stage import Progress, StageContext, stage_seed
+from jetway.tasks.target.session import TargetSession, open_target
+
+#: A run asks for its median alone, and is short: most of the noise is between processes, which only more runs show.
+ONE_RUN = {
+    "scenarios": ("latency",),
+    "stream": None,
+    "power": None,
+    "profile_layers": False,
+    "trtexec": False,
+    "min_queries": 100,
+    "min_duration_s": 2.0,
+    "max_extensions": 1,
+}
+
+
+def measure_in_turns(
+    first: StoredRun, second: StoredRun, rows: Sequence[VariantResult], budget: Budget, progress: Progress
+) -> dict[tuple[str, str], DuelResult]:
+    """A duel for each row, by variant and target, kept among the second run's files.
+
+    The budget is each duel's. Raises TargetError when a target is away or lacks an engine, ConfigError when the
+    second run's workload cannot be imported here.
+    """
+    results = {}
+    context = second.context.labelled("")
+    context.progress = progress
+    for row in rows:
+        engines: dict[Side, Engine] = {"champion": first.engine(row), "candidate": second.engine(row)}
+        with open_target(load_target(row.target)) as session:
+            result = duel_engines(
+                context, session, engines, second.recipe.benchmark, budget=budget, comparisons=len(rows)
+            )
+        log_duel(first, second, row, result)
+        results[row.variant, row.target] = result
+    return results
+
+
+def duel_engines(
+    context: StageContext,
+    session: TargetSession,
+    engines: dict[Side, Engine],
+    config: BenchmarkConfig,
+    *,
+    budget: Budget | None = None,
+    comparisons: int = 1,
+) -> DuelResult:
+    """Champion against candidate, each run a job of its own with a lease of its own."""
+    measure = partial(measure_once, context, session, engines, config.model_copy(update=ONE_RUN))
+    return duel(measure, budget=budget, comparisons=comparisons, seed=stage_seed(context.seed, "duel"))
+
+
+def measure_once(
+    context: StageContext,
+    session: TargetSession,
+    engines: dict[Side, Engine],
+    config: BenchmarkConfig,
+    side: Side,
+) -> BenchmarkResult:
+    return benchmark_engines(context, session, {side: engines[side]}, config)
+
+
+def log_duel(first: StoredRun, second: StoredRun, row: VariantResult, result: DuelResult) -> None:
+    """Beside those of earlier days: a measurement is never replaced."""
+    at = f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}"
+    path = f"targets/{row.target}/in_turns/{row.variant}/{at}.json"
+    document = {**result.model_dump(mode="json"), "against": first.run_id, "variant": row.variant}
+    second.tracker.log_json(second.run_id, path, document)

@@ -1,0 +1,78 @@
+"""A finished run as MLflow keeps it: its rows, and what the child run of each row holds."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jetway.configs.load import load_recipe
+from jetway.configs.schema import Recipe
+from jetway.flows.pipeline import Observer, make_context
+from jetway.flows.record import RunResult
+from jetway.flows.show import find_result
+from jetway.tasks.artifacts import Engine
+from jetway.tasks.comparison import Scores
+from jetway.tasks.deployment import ENGINE_PATH
+from jetway.tasks.results import VariantResult
+from jetway.tasks.stage import StageContext
+from jetway.tasks.tracking.tracker import Tracker
+
+
+class StoredRun:
+    """Found by its id, the start of one, its name, or ``latest``. Raises TrackingError where there is none."""
+
+    def __init__(self, tracker: Tracker, id_or_prefix: str) -> None:
+        self.record, document = find_result(tracker, id_or_prefix)
+        self.result = RunResult.model_validate(document)
+        self.tracker = tracker
+
+    @property
+    def run_id(self) -> str:
+        return self.record.run_id
+
+    @property
+    def title(self) -> str:
+        return f"{self.run_id[:8]} ({self.record.name})"
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """As it ran, overrides included."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.tracker.load_file(self.run_id, "recipe.yaml", Path(folder))
+            return load_recipe(str(path))[0]
+
+    @cached_property
+    def context(self) -> StageContext:
+        """What stages on its engines use, with the workload as its code is today.
+
+        Raises ConfigError when that cannot be imported from here.
+        """
+        return make_context(self.recipe, Path.cwd() / "recipe.yaml", Observer())
+
+    def summarize(self, records: Sequence[Any]) -> Mapping[str, float]:
+        return self.context.workload.summarize(records)
+
+    def scores(self, row: VariantResult) -> Scores:
+        """The records of a row's engine, and what they were made of."""
+        child = self._child(row)
+        engine, *inputs = self.tracker.files(child)["records.json"].parents
+        return Scores(self.tracker.load_json(child, "records.json"), engine, tuple(inputs))
+
+    def engine(self, row: VariantResult) -> Engine:
+        """The engine of a row; its metadata says where it lies on its target."""
+        engine = self.tracker.files(self._child(row))[ENGINE_PATH]
+        assert isinstance(engine, Engine)
+        return engine
+
+    def _child(self, row: VariantResult) -> str:
+        return self._children[row.variant, row.target]
+
+    @cached_property
+    def _children(self) -> dict[tuple[str, str], str]:
+        return {
+            (child.tags["variant"], child.tags["target"]): child.run_id
+            for child in self.tracker.children(self.run_id)
+        }
