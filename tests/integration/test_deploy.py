@@ -72,6 +72,11 @@ def check_comparison(jetway_here, project, run_ids):
     scored = {row["variant"]: row["metrics"][-1] for row in trained["rows"]}
     assert scored["pruned-fp32"]["reason"] == "the same engine file"
     assert scored["pruned-int8-qat"]["evidence"]["count"] == 497
+    options = ["--in-turns", "--minutes", "0.01", "--variant", "pruned-int8-qat", "--json"]
+    (row,) = jetway_here("compare", again, changed, *options, cwd=project).json["rows"]
+    measured = row["metrics"][-1]
+    assert (measured["metric"], measured["change"]) == ("latency_ms_p50", "UNKNOWN")
+    assert "where six are the fewest" in measured["reason"]
 
 
 def test_project_with_folders_of_our_names_deploys(project, jetway):

@@ -1,0 +1,50 @@
+"""Engines measured in turns on the loopback target, each run a job and a process of its own."""
+
+import pytest
+from doubles.chain import ChainWorkload, build_chain
+
+from jetway.configs.schema import BenchmarkConfig, Target
+from jetway.flows.in_turns import duel_engines
+from jetway.tasks.duel import Budget
+from jetway.tasks.stage import StageContext
+from jetway.tasks.store import Store
+from jetway.tasks.target.session import open_target
+from jetway.tasks.verdict import LOOKS, Change
+
+pytestmark = pytest.mark.serial
+
+
+@pytest.fixture
+def loopback(tmp_path):
+    """A session on this machine and a context for chains, in a home of their own."""
+    context = StageContext(ChainWorkload(), Store(tmp_path / "store"), threads=1)
+    with open_target(Target(name="loopback", kind="loopback")) as session:
+        yield context, session
+
+
+def fight(loopback, champion, candidate, **budget):
+    context, session = loopback
+    engines = {
+        "champion": build_chain(context, session, champion),
+        "candidate": build_chain(context, session, candidate),
+    }
+    return duel_engines(context, session, engines, BenchmarkConfig(), budget=Budget(**budget))
+
+
+def test_one_pair_of_runs_is_too_little_for_a_verdict(loopback):
+    result = fight(loopback, 10, 11, runs=2)
+    assert {run.side for run in result.runs} <= {"champion", "candidate"}
+    assert all(0.05 < run.p50_ms < 50 and run.canary_p50_ms > 0 for run in result.runs)
+    assert (result.target, result.simulated, result.verdict.change) == ("loopback", False, Change.UNKNOWN)
+    assert "where six are the fewest" in result.verdict.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "change"), [(40, Change.SAME), (44, Change.REGRESSED)])
+def test_chain_against_a_longer_one(layers, change, loopback):
+    """A tenth more of work is found. On a disturbed machine too few runs are VALID, and that is UNKNOWN."""
+    result = fight(loopback, 40, layers, minutes=5)
+    if result.verdict.count < min(LOOKS):
+        assert result.verdict.change is Change.UNKNOWN
+        pytest.skip(f"{result.verdict.count} calm pairs in {len(result.runs)} runs")
+    assert result.verdict.change is change
