@@ -12,6 +12,7 @@ from jetway.flows.record import Measured
 from jetway.tasks.artifacts import OnnxModel
 from jetway.tasks.build import build
 from jetway.tasks.cascade import cascade
+from jetway.tasks.cascade_unit import Behind
 
 
 def open_classifier(run: Pipeline) -> AbstractContextManager[Pipeline | None]:
@@ -52,4 +53,13 @@ def run_cascade(
         run.recipe.cascade,
         run.recipe.benchmark,
     )
-    return replace(measured, cascade=result)
+    behind = {
+        variant.name: Behind(
+            classifier.context,
+            engines[variant.name],
+            models[target.backend(variant), variant],
+            run.recipe.cascade,
+        )
+        for variant in recipe.variants
+    }
+    return replace(measured, cascade=result, behind=behind)

@@ -277,6 +277,13 @@ def package_for(run: Pipeline, measured: Measured, rows: Sequence[VariantResult]
         logger.warning("%s: nothing is packaged, because every variant failed a gate", name)
         return
     engine, model = measured.engines[best.variant], measured.models[best.variant]
-    packaged = package(run.context, measured.target, engine, model, variant=best.variant)
+    packaged = package(
+        run.context,
+        measured.target,
+        engine,
+        model,
+        variant=best.variant,
+        behind=measured.behind.get(best.variant),
+    )
     run.keep(f"targets/{name}/package", packaged, Package)
     run.tracker.set_tags(run.run_id, {f"package.{name}": best.variant})

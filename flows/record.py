@@ -13,6 +13,7 @@ from jetway.configs.schema import Target, Variant
 from jetway.flows.pipeline import Pipeline
 from jetway.tasks.artifacts import Checkpoint, Engine, OnnxModel, Report, StageOutput
 from jetway.tasks.cascade_result import CascadeResult, VariantCascade, cascade_markdown
+from jetway.tasks.cascade_unit import Behind
 from jetway.tasks.gates import gates_exit_code
 from jetway.tasks.int8_report import int8_reports, report_markdown
 from jetway.tasks.layer_table import layers_csv
@@ -60,6 +61,8 @@ class Measured:
     benchmark: BenchmarkResult
     stream: StreamResult | None
     cascade: CascadeResult | None = field(default=None, kw_only=True)
+    #: The classifier of each variant of a cascade.
+    behind: Mapping[str, Behind] = field(default_factory=dict, kw_only=True)
     evaluations: Mapping[str, Evaluation]
 
     def of(self, variant: str) -> list[VariantStream | VariantCascade]:

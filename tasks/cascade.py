@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from jetway.configs.schema import BenchmarkConfig, CascadeConfig, StreamConfig, Target
 from jetway.tasks.artifacts import Clip, Engine, Tensors
 from jetway.tasks.cascade_result import STEPS, CascadeResult, VariantCascade
+from jetway.tasks.cascade_unit import unit_settings
 from jetway.tasks.clip import evaluation_frames, frame_processing_of
 from jetway.tasks.errors import ConfigError, MeasurementError
 from jetway.tasks.frames import Boxes, Classes
@@ -119,18 +120,13 @@ def _request(
     config: CascadeConfig,
     benchmark: BenchmarkConfig,
 ) -> dict[str, Any]:
-    detector, target = frame_processing_of(context.workload), session.target
-    boxes = detector.results.model_copy(
-        update={"min_score": config.min_score, "max_iou": config.max_iou, "class_agnostic": True}
-    )
+    target = session.target
     return {
+        **unit_settings(context.workload, classifier, config),
         "pairs": [
             {"name": name, "detector": _entry(detectors[name]), "classifier": _entry(classifiers[name])}
             for name in detectors
         ],
-        "detector": detector.model_copy(update={"results": boxes}).model_dump(mode="json"),
-        "classifier": frame_processing_of(classifier).model_dump(mode="json"),
-        **config.model_dump(include={"margin", "max_objects"}),
         "warmup_frames": WARMUP_FRAMES,
         "queue_frames": 1,
         "telemetry": benchmark.telemetry,

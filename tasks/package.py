@@ -18,6 +18,7 @@ from prefect.cache_policies import NO_CACHE
 
 from jetway.configs.schema import EngineName, Precision, Target
 from jetway.tasks.artifacts import Engine, OnnxModel, Package, StageOutput, file_sha256
+from jetway.tasks.cascade_unit import CLASSIFIER, SCRIPT, Behind, write_unit
 from jetway.tasks.deepstream import deepstream_files
 from jetway.tasks.errors import RemoteCommandError, TargetUnreachableError, WorkloadError
 from jetway.tasks.remote import RETRIES, RETRY_DELAYS_S, is_unreachable
@@ -29,9 +30,12 @@ from jetway.tasks.workload import batches
 
 #: The files that go into every package as they are, and the text of its README.
 SCRIPTS = ("infer.py", "benchmark.sh")
+EXECUTABLE = (*SCRIPTS, SCRIPT.name)
 FILES = Path(__file__).parent / "package_files"
 #: Folder of a package.
 DEEPSTREAM = "deepstream"
+#: What a cascade found in its sample frames on the target.
+EXPECTED_UNIT = "expected_cascade.jsonl"
 
 DESCRIPTIONS = {
     "model.engine": "the engine",
@@ -44,7 +48,15 @@ DESCRIPTIONS = {
     DEEPSTREAM: "configuration and script for NVIDIA DeepStream, generated and not run on a board",
     "sample_input.npz": "the first sample of the evaluation data",
     "expected_output.npz": "what the engine answered to it on this target",
+    SCRIPT.name: "runs this engine and the classifier's on what it finds, as one",
+    "cascade.json": "what stands before and behind either engine",
+    CLASSIFIER: "the classifier: a package of its own",
+    "sample_frames.npy": "the first frames of the evaluation data",
+    EXPECTED_UNIT: "what both engines found in them on this target",
 }
+CASCADE_COMMANDS = """python3 cascade.py                 # what both engines find in sample_frames.npy
+python3 cascade.py frames.npy      # or .y4m, an image, a zip of images, a video
+"""
 
 #: What must be there already to run an engine, and what it is tied to, by engine; of its passport's platform.
 NEEDED = {
@@ -78,20 +90,32 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def package_winner(
-    context: StageContext, session: TargetSession, engine: Engine, onnx: OnnxModel, *, variant: str = ""
+    context: StageContext,
+    session: TargetSession,
+    engine: Engine,
+    onnx: OnnxModel,
+    *,
+    variant: str = "",
+    behind: Behind | None = None,
 ) -> StageOutput:
     """Packs the engine with its scripts and a sample, and runs what was packed on the target.
 
-    The expected output is what the packed engine answers on the target itself, as another CPU may round
-    differently. Raises RemoteCommandError when a script fails there, WorkloadError without a first sample.
+    With a classifier ``behind`` it, both are packed as one unit. The expected output is what the packed engine
+    answers on the target itself, as another CPU may round differently. Raises RemoteCommandError when a script
+    fails there, WorkloadError without a first sample.
     """
     stage = f"package on {session.target.name}"
     with context.store.scratch() as scratch:
         folder = scratch / "package"
         folder.mkdir()
-        write_files(context, folder, engine, onnx, session.target.name, variant)
+        title = f"{variant or 'Engine'} for {session.target.name}"
+        if behind:
+            write_unit(context, folder, behind)
+            (folder / CLASSIFIER).mkdir()
+            write_files(behind.context, folder / CLASSIFIER, behind.engine, behind.onnx, title)
+        write_files(context, folder, engine, onnx, title)
         context.progress(stage, 0, 2, "running the sample")
-        save_expected_output(session, folder)
+        save_expected_outputs(session, folder)
         archive = zip_folder(folder)
         context.progress(stage, 1, 2, "trying the package")
         verify_package(session, archive)
@@ -105,9 +129,7 @@ def package_winner(
     return StageOutput(handle=handle)
 
 
-def write_files(
-    context: StageContext, folder: Path, engine: Engine, onnx: OnnxModel, target: str, variant: str
-) -> None:
+def write_files(context: StageContext, folder: Path, engine: Engine, onnx: OnnxModel, title: str) -> None:
     """Everything but the expected output."""
     passport = {key: value for key, value in engine.metadata.items() if key not in RUN_FACTS}
     sample = sample_input(context)
@@ -121,8 +143,8 @@ def write_files(
         (folder / "labels.txt").write_text("\n".join(context.workload.labels) + "\n", encoding="utf-8")
     save_arrays(folder / "sample_input.npz", sample)
     write_deepstream(context, folder, passport, onnx)
-    names = [*(path.relative_to(folder).as_posix() for path in folder.rglob("*")), "expected_output.npz"]
-    text = describe(passport, sample, f"{variant or 'Engine'} for {target}", names)
+    expected = [path for path, _ in expected_outputs(folder)]
+    text = describe(passport, sample, title, [*(path.name for path in folder.iterdir()), *expected])
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -168,29 +190,43 @@ def describe(passport: Mapping[str, Any], sample: Arrays, title: str, names: lis
         needed=NEEDED[engine].format(**platform),
         fits=FITS[engine],
         files="\n".join(f"| `{name}` | {text} |" for name, text in DESCRIPTIONS.items() if name in names),
+        more_commands=CASCADE_COMMANDS if SCRIPT.name in names else "",
         inputs="\n".join(f"- `{name}`: {array.dtype}{list(array.shape)}" for name, array in sample.items()),
     )
 
 
-def save_expected_output(session: TargetSession, folder: Path) -> None:
-    """Runs the files so far on the target, and brings what the engine answers into the folder."""
+def expected_outputs(folder: Path) -> list[tuple[str, str]]:
+    """What a package holds of the target's answers, and the script that gives each."""
+    found = [("expected_output.npz", "infer.py")]
+    if (folder / SCRIPT.name).exists():
+        found += [(f"{CLASSIFIER}/{path}", f"{CLASSIFIER}/{script}") for path, script in found]
+        found.append((EXPECTED_UNIT, SCRIPT.name))
+    return found
+
+
+def save_expected_outputs(session: TargetSession, folder: Path) -> None:
+    """Runs the files so far on the target, and brings what the engines answer into the folder."""
     with unpacked(session, zip_folder(folder)) as remote:
-        output = f"{remote}/expected_output.npz"
-        result = run_script(session, remote, "infer.py", "--save", output)
-        saved = SAVED.search(result.text)
-        if saved is None:
-            raise RemoteCommandError(
-                f"{session.target.name}: infer.py of the package ended well but did not say what it saved: "
-                f"{result.text[-200:]!r}. Run it there by hand."
-            )
-        session.pull(output, folder / "expected_output.npz", saved[1])
+        for path, script in expected_outputs(folder):
+            result = run_script(session, remote, script, "--save", f"{remote}/{path}")
+            saved = SAVED.search(result.text)
+            if saved is None:
+                raise RemoteCommandError(
+                    f"{session.target.name}: {script} of the package ended well but did not say what it saved: "
+                    f"{result.text[-200:]!r}. Run it there by hand."
+                )
+            session.pull(f"{remote}/{path}", folder / path, saved[1])
 
 
 def verify_package(session: TargetSession, archive: Path) -> None:
-    """Unpacks a package on the target and runs both of its scripts. Raises RemoteCommandError."""
+    """Unpacks a package on the target and runs its scripts. Raises RemoteCommandError."""
+    with zipfile.ZipFile(archive) as file:
+        is_cascade = SCRIPT.name in file.namelist()
     with unpacked(session, archive) as remote:
         run_script(session, remote, "infer.py", "--check")
         run_script(session, remote, "benchmark.sh", str(TRIAL_RUNS))
+        if is_cascade:
+            run_script(session, remote, SCRIPT.name, "--check")
 
 
 @contextmanager
@@ -245,7 +281,7 @@ def zip_folder(folder: Path) -> Path:
             info = zipfile.ZipInfo(path.relative_to(folder).as_posix(), ZIP_EPOCH)
             info.create_system = 3  # Unix: the bytes and the modes do not depend on the host
             info.external_attr = (
-                0o100755 if path.suffix == ".sh" or path.name in SCRIPTS else 0o100644
+                0o100755 if path.suffix == ".sh" or path.name in EXECUTABLE else 0o100644
             ) << 16
             file.writestr(info, path.read_bytes(), zipfile.ZIP_DEFLATED)
     return archive
@@ -261,7 +297,13 @@ def zip_folder(folder: Path) -> Path:
     retry_condition_fn=is_unreachable,
 )
 def package(
-    context: StageContext, target: Target, engine: Engine, onnx: OnnxModel, *, variant: str
+    context: StageContext,
+    target: Target,
+    engine: Engine,
+    onnx: OnnxModel,
+    *,
+    variant: str,
+    behind: Behind | None = None,
 ) -> StageOutput:
     with context.timed(f"package on {target.name}"), open_target(target) as session:
-        return package_winner(context, session, engine, onnx, variant=variant)
+        return package_winner(context, session, engine, onnx, variant=variant, behind=behind)

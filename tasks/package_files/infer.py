@@ -33,33 +33,34 @@ REFUSED = 2
 Tensors = Dict[str, Tensor]
 
 
-def path_of(name: str) -> str:
-    return os.path.join(HERE, name)
+def path_of(name: str, folder: str = HERE) -> str:
+    return os.path.join(folder, name)
 
 
-def read_passport() -> Dict[str, Any]:
-    with open(path_of("passport.json")) as file:
+def read_passport(folder: str = HERE) -> Dict[str, Any]:
+    with open(path_of("passport.json", folder)) as file:
         found = json.load(file)  # type: Dict[str, Any]
     return found
 
 
-def check_passport(found: Dict[str, Any]) -> None:
+def check_passport(found: Dict[str, Any], folder: str = HERE) -> None:
     """Raises DeviceError unless the engine is whole and was built for such a machine."""
-    digest = passport.file_sha256(path_of("model.engine"))
+    engine_path = path_of("model.engine", folder)
+    digest = passport.file_sha256(engine_path)
     if digest != found["engine_sha256"]:
         raise DeviceError(
             "model.engine is corrupt: its sha256 is {}, and the passport says {}. Unpack the package again.".format(
                 digest[:12], found["engine_sha256"][:12]
             )
         )
-    passport.check_platform(path_of("model.engine"), found, "Build one from model.onnx for this machine.")
+    passport.check_platform(engine_path, found, "Build one from model.onnx for this machine.")
 
 
 @contextmanager
-def opened(found: Dict[str, Any]) -> Iterator[Any]:
+def opened(found: Dict[str, Any], folder: str = HERE) -> Iterator[Any]:
     """The loaded engine, with the options that it was built and measured for."""
     engine = engines.engine_of(found["platform"]["engine"])
-    session = engine.Session(path_of("model.engine"), found["load_options"])
+    session = engine.Session(path_of("model.engine", folder), found["load_options"])
     try:
         yield session
     finally:
@@ -89,10 +90,11 @@ def describe(tensor: Tensor) -> str:
     return "{}{}".format(tensors.NUMPY_NAMES.get(tensor.dtype, tensor.dtype), list(tensor.shape))
 
 
-def read_labels() -> List[str]:
-    if not os.path.exists(path_of("labels.txt")):
+def read_labels(folder: str = HERE) -> List[str]:
+    path = path_of("labels.txt", folder)
+    if not os.path.exists(path):
         return []
-    with open(path_of("labels.txt"), "rb") as file:
+    with open(path, "rb") as file:
         return file.read().decode("utf-8").splitlines()
 
 

@@ -12,15 +12,20 @@ import pytest
 import torch
 from torch import nn
 
-from jetway.configs.schema import BuildConfig
+from jetway.configs.schema import BuildConfig, CascadeConfig, ExportConfig, Precision
 from jetway.tasks.artifacts import OnnxModel, Package
 from jetway.tasks.build import build_engine
+from jetway.tasks.cascade_unit import Behind
+from jetway.tasks.checkpoint import save_checkpoint
 from jetway.tasks.errors import RemoteCommandError
+from jetway.tasks.export import export_onnx
 from jetway.tasks.package import package_winner, verify_package, zip_folder
 from jetway.tasks.stage import StageContext
 from jetway.tasks.store import Store
 from jetway.tasks.target.session import open_target
 from jetway.tasks.workload import Workload
+from jetway.tasks.workloads.detector import SceneDetector
+from jetway.tasks.workloads.mobilenet_v3 import CropClassifier
 
 FILES = {
     "model.engine", "passport.json", "model.onnx", "labels.txt", "infer.py", "benchmark.sh", "runtime.zip",
@@ -121,7 +126,7 @@ def unpacked(context, package, tmp_path):
     return tmp_path / "un packed"
 
 
-def infer(folder, *arguments):
+def infer(folder, *arguments, script="infer.py"):
     """In isolation, from elsewhere, and with no other Jetway than what the package holds."""
     check = "assert all(folder in m.__file__ for n, m in sys.modules.items() if n.startswith('jetway'))"
     code = (
@@ -129,7 +134,7 @@ def infer(folder, *arguments):
         f"atexit.register(lambda: exec({check!r})); runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     done = subprocess.run(
-        [sys.executable, "-I", "-c", code, str(folder), str(folder / "infer.py"), *arguments],
+        [sys.executable, "-I", "-c", code, str(folder), str(folder / script), *arguments],
         capture_output=True, text=True, encoding="utf-8", timeout=60, cwd="/", env={"PYTHONUTF8": "1"},
     )  # fmt: skip
     assert "AssertionError" not in done.stderr
@@ -205,3 +210,54 @@ def test_what_is_not_as_the_passport_says_is_refused(context, session, package, 
     with pytest.raises(RemoteCommandError, match=r"infer.py --check of the package fails there.*corrupt"):
         verify_package(session, zip_folder(unpacked))
     assert remote_folders(session) == []
+
+
+@pytest.fixture
+def unit(session, tmp_path):
+    """A cascade's package, unpacked: networks that nobody trained, and every box counts."""
+    config = CascadeConfig(classifier="c", min_score=0.0, max_objects=3)
+    detector = SceneDetector(size=64, widths=(16, 32, 32), neck=32, scenes=(1, 1, 2))
+    made = [
+        built(session, StageContext(workload, Store(tmp_path / "store"), threads=1))
+        for workload in (detector, CropClassifier(size=32, width=0.5, scenes=(1, 1, 1)))
+    ]
+    (context, engine, onnx), classifier = made
+    packed = package_winner(context, session, engine, onnx, behind=Behind(*classifier, config)).handle
+    with zipfile.ZipFile(context.store.open(packed)) as archive:
+        archive.extractall(tmp_path / "un packed")
+    return tmp_path / "un packed"
+
+
+def built(session, context):
+    torch.manual_seed(0)
+    checkpoint = save_checkpoint(context.store, context.workload.network(), structure=None)
+    onnx = export_onnx(context, checkpoint, ExportConfig(), Precision.FP32).handle
+    return context, build_engine(context, session, onnx, BuildConfig()), onnx
+
+
+@on_loopback
+def test_a_cascade_is_one_package(unit):
+    names = {path.relative_to(unit).as_posix() for path in unit.rglob("*") if path.is_file()}
+    assert names >= FILES | {f"classifier/{name}" for name in FILES}
+    assert "python3 cascade.py" in (unit / "README.md").read_text()
+    assert "python3 cascade.py" not in (unit / "classifier/README.md").read_text()
+
+    shown = infer(unit, script="cascade.py")
+    frames = [json.loads(line) for line in shown.stdout.splitlines()]
+    assert [len(frame["objects"]) for frame in frames] == [3, 3], shown.stderr
+    assert all(found["label"] in "0123456789" for frame in frames for found in frame["objects"])
+    checked = infer(unit, "--check", "--time", script="cascade.py")
+    assert checked.returncode == 0, checked.stderr
+    assert "PASS: 6 objects in 2 frames" in checked.stdout
+    assert "classify: p50" in checked.stdout
+    for part in (unit, unit / "classifier"):
+        assert infer(part, "--check").returncode == 0
+
+    frames[1]["objects"][2]["label"] = "none"
+    (unit / "expected_cascade.jsonl").write_text("".join(json.dumps(frame) + "\n" for frame in frames))
+    checked = infer(unit, "--check", script="cascade.py")
+    assert (checked.returncode, checked.stdout[:14]) == (1, "FAIL: frame 1:")
+    (unit / "classifier/model.engine").write_bytes(b"other")
+    refused = infer(unit, script="cascade.py")
+    assert refused.returncode == 2
+    assert "corrupt" in refused.stderr
