@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -22,7 +21,7 @@ from jetway.tasks.metrics import Metric
 from jetway.tasks.passes import dla_layers_ratio, provider_notes, read_series
 from jetway.tasks.results import Validity, VariantResult, Verdict, drop_name, load_rows
 from jetway.tasks.stage import stage_seed
-from jetway.tasks.statistics import paired_drop
+from jetway.tasks.statistics import Resampled, paired_drop
 from jetway.tasks.stream_result import StreamResult, VariantStream, stream_csv, stream_markdown
 from jetway.tasks.table import stage_table_markdown
 from jetway.tasks.target_info import TargetInfo
@@ -85,7 +84,7 @@ class RunResult(BaseModel):
 def make_rows(run: Pipeline, measured: Measured, networks: Mapping[str, Network]) -> list[VariantResult]:
     """One row a variant; ratios and drops against the baseline are ``compare``'s."""
     with run.context.timed(f"intervals on {measured.target.name}"):
-        baseline = records_of(run, next(iter(measured.evaluations.values())))
+        baseline = resampled(run, next(iter(measured.evaluations.values())))
         return [
             make_row(run, measured, variant, networks[variant.name], baseline)
             for variant in run.recipe.variants
@@ -93,7 +92,7 @@ def make_rows(run: Pipeline, measured: Measured, networks: Mapping[str, Network]
 
 
 def make_row(
-    run: Pipeline, measured: Measured, variant: Variant, network: Network, baseline: Sequence[Any]
+    run: Pipeline, measured: Measured, variant: Variant, network: Network, baseline: Resampled
 ) -> VariantResult:
     engine, evaluation = measured.engines[variant.name], measured.evaluations[variant.name]
     session = measured.benchmark
@@ -120,33 +119,25 @@ def make_row(
         intervals={
             **session.variants[variant.name].intervals(),
             **{name: span for found in spans for name, span in found.items()},
-            **drop_intervals(run, baseline, records_of(run, evaluation)),
+            **drop_intervals(run, baseline, resampled(run, evaluation)),
         },
         validity=reduce(Validity.joined, validities, session.validity),
         notes=(*provider_notes(engine.metadata), *session.notes(variant.name)),
     )
 
 
-def records_of(run: Pipeline, evaluation: Evaluation) -> list[Any]:
-    records: list[Any] = run.context.store.load_json(evaluation.records)
-    return records
+def resampled(run: Pipeline, evaluation: Evaluation) -> Resampled:
+    records = run.context.store.load_json(evaluation.records)
+    return Resampled(records, run.context.workload.summarize, seed=stage_seed(run.context.seed, "drop"))
 
 
-def drop_intervals(
-    run: Pipeline, baseline: Sequence[Any], records: Sequence[Any]
-) -> dict[str, tuple[float, float]]:
+def drop_intervals(run: Pipeline, baseline: Resampled, other: Resampled) -> dict[str, tuple[float, float]]:
     """95 % interval of each task metric's drop, paired by sample."""
-    workload = run.context.workload
     return {
         drop_name(metric): paired_drop(
-            baseline,
-            records,
-            workload.summarize,
-            metric.name,
-            higher_is_better=metric.higher_is_better,
-            seed=stage_seed(run.context.seed, "drop"),
+            baseline, other, metric.name, higher_is_better=metric.higher_is_better
         )[1]
-        for metric in workload.metrics
+        for metric in run.context.workload.metrics
     }
 
 

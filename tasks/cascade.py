@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from jetway.tasks.measurement import LatencySummary
 from jetway.tasks.remote import RETRIES, RETRY_DELAYS_S, is_unreachable, pull_file, push_handle, relay
 from jetway.tasks.results import Validity
 from jetway.tasks.stage import StageContext, stage_seed
-from jetway.tasks.statistics import paired_drop
+from jetway.tasks.statistics import Resampled, paired_drop
 from jetway.tasks.stream_result import END_TO_END, Rate, summarize_steps
 from jetway.tasks.target.session import TargetSession, open_target
 from jetway.tasks.workload import Record, Workload
@@ -160,19 +160,24 @@ def _measured(
     times = {
         name: summarize_steps(arrays, name, STEPS, result["excluded_rounds"], seed=seed) for name in sizes
     }
-    records = {name: score(context.workload, found, name, result["frames"]) for name in sizes}
+    records = {
+        name: Resampled(
+            score(context.workload, found, name, result["frames"]), context.workload.summarize, seed=seed
+        )
+        for name in sizes
+    }
     first = next(iter(sizes))
     return {
         name: VariantCascade(
             steps=steps,
             fps=Rate.of(result["slice_frames"], seconds, seed),
-            scores=context.workload.summarize(records[name]),
-            drops=_drops(context.workload, records[first], records[name], seed),
+            scores=records[name].summary,
+            drops=_drops(context.workload, records[first], records[name]),
             objects=len(found[f"{name}.labels"]),
             size_bytes=sizes[name],
             size_ratio=sizes[name] / sizes[first],
             p50_ratio=_median_ms(steps) / _median_ms(times[first][0]),
-            records=context.store.add_json(records[name]),
+            records=context.store.add_json(records[name].records),
         )
         for name, (steps, seconds) in times.items()
     }
@@ -195,17 +200,10 @@ def score(workload: Workload, found: Arrays, name: str, count: int) -> list[Reco
 
 
 def _drops(
-    workload: Workload, baseline: Sequence[Record], records: Sequence[Record], seed: int
+    workload: Workload, baseline: Resampled, records: Resampled
 ) -> dict[str, tuple[float, tuple[float, float]]]:
     return {
-        metric.name: paired_drop(
-            baseline,
-            records,
-            workload.summarize,
-            metric.name,
-            higher_is_better=metric.higher_is_better,
-            seed=seed,
-        )
+        metric.name: paired_drop(baseline, records, metric.name, higher_is_better=metric.higher_is_better)
         for metric in workload.metrics
     }
 

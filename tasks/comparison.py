@@ -22,7 +22,7 @@ from jetway.tasks.errors import ConfigError, JetwayError
 from jetway.tasks.gates import EXIT_GATE_MISSED, EXIT_NO_VERDICT, EXIT_PASSED
 from jetway.tasks.metrics import Metric
 from jetway.tasks.results import VariantResult
-from jetway.tasks.statistics import paired_drop
+from jetway.tasks.statistics import Resampled, paired_drop
 from jetway.tasks.verdict import (
     Change,
     Evidence,
@@ -277,12 +277,9 @@ def _paired_evidence(pair: RowPair, metric: Metric, summarize: Summarize, margin
         return correctness_evidence(*(sides if metric.higher_is_better else sides[::-1]), margin=margin)
     if not is_mean and not _reproduces(pair, metric, summarize):
         raise ConfigError("the workload's summarize() gives other values than were recorded")
+    by = partial(_mean, metric.name) if is_mean else summarize
     drop, interval = paired_drop(
-        before,
-        after,
-        partial(_mean, metric.name) if is_mean else summarize,
-        metric.name,
-        higher_is_better=metric.higher_is_better,
+        Resampled(before, by), Resampled(after, by), metric.name, higher_is_better=metric.higher_is_better
     )
     differing = sum(one != other for one, other in zip(before, after, strict=True))
     return score_evidence(drop, interval, len(before), differing=differing, margin=margin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -78,61 +79,67 @@ def rate(counts: Integers, seconds: Floats, *, seed: int) -> tuple[float, Interv
     return float(counts.sum() / seconds.sum()), _interval(rates)
 
 
+class Resampled:
+    """Records of samples, their summary, and its values over bootstrap resamples.
+
+    Sets of as many samples and one seed are resampled alike, sample by sample. ``summarize`` may be slow: keep the
+    set that others are held against.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        summarize: Callable[[Sequence[Any]], Mapping[str, float]],
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.records, self.summarize, self.seed = records, summarize, seed
+
+    @cached_property
+    def summary(self) -> Mapping[str, float]:
+        return self.summarize(self.records)
+
+    @cached_property
+    def summaries(self) -> list[Mapping[str, float]]:
+        rng, size = np.random.default_rng(self.seed), len(self.records)
+        draws = (rng.integers(size, size=size) for _ in range(SUMMARIZE_RESAMPLES))
+        return [self.summarize([self.records[i] for i in draw]) for draw in draws]
+
+    def is_mean(self, metric: str) -> bool:
+        """Whether the metric is the mean of what the records hold under its name."""
+        if not all(isinstance(record.get(metric), (int, float)) for record in self.records):
+            return False
+        return math.isclose(float(np.mean(self.column(metric))), self.summary[metric], abs_tol=1e-12)
+
+    def column(self, metric: str) -> Floats:
+        return np.array([record[metric] for record in self.records], dtype=np.float64)
+
+
 def paired_drop(
-    baseline: Sequence[Mapping[str, Any]],
-    records: Sequence[Mapping[str, Any]],
-    summarize: Callable[[Sequence[Any]], Mapping[str, float]],
-    metric: str,
-    *,
-    higher_is_better: bool = True,
-    seed: int = 0,
+    baseline: Resampled, other: Resampled, metric: str, *, higher_is_better: bool = True
 ) -> tuple[float, Interval]:
     """What a metric lost against the baseline on the same samples (above 0 is worse), with its interval.
 
     Bootstrap over samples, the same ones on both sides. Metrics that are means of their records are
     resampled as means; any other goes through ``summarize`` of the workload each time.
     """
-    if len(baseline) != len(records):
-        raise ValueError(f"{len(baseline)} and {len(records)} records are not of the same samples")
+    if len(baseline.records) != len(other.records):
+        raise ValueError(
+            f"{len(baseline.records)} and {len(other.records)} records are not of the same samples"
+        )
     sign = 1.0 if higher_is_better else -1.0
-    drop = sign * (summarize(baseline)[metric] - summarize(records)[metric])
-    rng = np.random.default_rng(seed)
-    if _is_mean(baseline, summarize, metric) and _is_mean(records, summarize, metric):
-        differences = sign * (_column(baseline, metric) - _column(records, metric))
-        return drop, _interval(_resampled_means(differences, rng))
-    return drop, _interval(_resampled_drops(baseline, records, summarize, metric, rng) * sign)
-
-
-def _is_mean(records: Sequence[Mapping[str, Any]], summarize: Callable[..., Any], metric: str) -> bool:
-    if not all(isinstance(record.get(metric), (int, float)) for record in records):
-        return False
-    return math.isclose(float(np.mean(_column(records, metric))), summarize(records)[metric], abs_tol=1e-12)
-
-
-def _column(records: Sequence[Mapping[str, Any]], metric: str) -> Floats:
-    return np.array([record[metric] for record in records], dtype=np.float64)
+    drop = sign * (baseline.summary[metric] - other.summary[metric])
+    if baseline.is_mean(metric) and other.is_mean(metric):
+        differences = sign * (baseline.column(metric) - other.column(metric))
+        return drop, _interval(_resampled_means(differences, np.random.default_rng(baseline.seed)))
+    pairs = zip(baseline.summaries, other.summaries, strict=True)
+    return drop, _interval(np.array([sign * (before[metric] - after[metric]) for before, after in pairs]))
 
 
 def _resampled_means(values: Floats, rng: np.random.Generator) -> Floats:
     """One resample at a time: a large data set times all resamples would not fit in memory."""
     size = len(values)
     return np.array([values[rng.integers(size, size=size)].mean() for _ in range(RESAMPLES)])
-
-
-def _resampled_drops(
-    baseline: Sequence[Any],
-    records: Sequence[Any],
-    summarize: Callable[[Sequence[Any]], Mapping[str, float]],
-    metric: str,
-    rng: np.random.Generator,
-) -> Floats:
-    drops = []
-    for _ in range(SUMMARIZE_RESAMPLES):
-        picks = rng.integers(len(records), size=len(records))
-        before = summarize([baseline[i] for i in picks])[metric]
-        after = summarize([records[i] for i in picks])[metric]
-        drops.append(before - after)
-    return np.array(drops)
 
 
 def _interval(values: Floats) -> Interval:

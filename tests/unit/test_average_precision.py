@@ -6,7 +6,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from jetway.tasks.average_precision import match_detections, mean_average_precision
-from jetway.tasks.statistics import paired_drop
+from jetway.tasks.statistics import Resampled, paired_drop
 
 SQUARE = [0.0, 0.0, 10.0, 10.0]
 
@@ -122,6 +122,6 @@ def test_a_paired_interval_comes_from_resampled_images():
         for i, (image, record) in enumerate(zip(images, better, strict=True))
     ]
     summarize = lambda records: mean_average_precision(records, classes=5)  # noqa: E731
-    drop, (low, high) = paired_drop(better, worse, summarize, "map50_95")
+    drop, (low, high) = paired_drop(*(Resampled(each, summarize) for each in (better, worse)), "map50_95")
     assert drop == pytest.approx(summarize(better)["map50_95"] - summarize(worse)["map50_95"])
     assert 0 < low < drop < high

@@ -23,7 +23,7 @@ from jetway.tasks.export import export_onnx
 from jetway.tasks.lower import lower_onnx
 from jetway.tasks.prune import prune_network
 from jetway.tasks.qat import quantize_ptq
-from jetway.tasks.statistics import paired_drop
+from jetway.tasks.statistics import Resampled, paired_drop
 from jetway.tasks.verify import verify_onnx
 from jetway.tasks.workload import call_network
 from jetway.tasks.workloads.bev.detection import (
@@ -110,7 +110,9 @@ def test_a_paired_drop_of_both_metrics_has_an_interval(workload):
     good = [workload.score_sample(perfect_outputs(target), target) for target in targets]
     bad = [workload.score_sample(perfect_outputs(targets[0]), target) for target in targets]
     for metric in ("map", "miou"):
-        drop, (low, high) = paired_drop(good, bad, workload.summarize, metric)
+        drop, (low, high) = paired_drop(
+            *(Resampled(each, workload.summarize) for each in (good, bad)), metric
+        )
         assert low <= drop <= high
         assert drop > 0.1
 

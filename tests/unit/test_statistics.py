@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 
 from jetway.tasks.statistics import (
+    SUMMARIZE_RESAMPLES,
+    Resampled,
     paired_drop,
     paired_ratio,
     percentile,
@@ -12,6 +14,10 @@ from jetway.tasks.statistics import (
 
 def mean_of(name):
     return lambda records: {name: float(np.mean([record[name] for record in records]))}
+
+
+def drop_of(before, after, summarize, metric, **direction):
+    return paired_drop(Resampled(before, summarize), Resampled(after, summarize), metric, **direction)
 
 
 def records(values, name="top1"):
@@ -70,14 +76,14 @@ def test_drop_of_a_mean_is_paired():
     before = np.r_[np.zeros(100), np.ones(900)]
     after = before.copy()
     after[500:505] = 0
-    drop, (low, high) = paired_drop(records(before), records(after), mean_of("top1"), "top1")
+    drop, (low, high) = drop_of(records(before), records(after), mean_of("top1"), "top1")
     assert drop == pytest.approx(0.005)
     assert 0 <= low < 0.005 < high < 0.012
 
 
 def test_drop_is_above_zero_when_it_is_worse_whatever_the_direction():
     better, worse = records([1.0, 1.0, 2.0], "error"), records([2.0, 3.0, 3.0], "error")
-    drop, (low, high) = paired_drop(better, worse, mean_of("error"), "error", higher_is_better=False)
+    drop, (low, high) = drop_of(better, worse, mean_of("error"), "error", higher_is_better=False)
     assert drop > 0
     assert low > 0
     assert high >= drop
@@ -90,7 +96,7 @@ def test_a_metric_that_is_no_mean_goes_through_the_workload():
         return {"worst": max(record["worst"] for record in chosen)}
 
     before, after = records(range(50), "worst"), records(np.arange(50) + 3, "worst")
-    drop, (low, high) = paired_drop(before, after, summarize, "worst", higher_is_better=False)
+    drop, (low, high) = drop_of(before, after, summarize, "worst", higher_is_better=False)
     assert (drop, low, high) == (3.0, 3.0, 3.0)
 
 
@@ -101,12 +107,26 @@ def test_means_and_resampled_summaries_agree():
     def almost(chosen):
         return {"top1": float(np.mean([record["top1"] for record in chosen])) + 1e-9}
 
-    exact = paired_drop(before, after, mean_of("top1"), "top1")
-    resampled = paired_drop(before, after, almost, "top1")
+    exact = drop_of(before, after, mean_of("top1"), "top1")
+    resampled = drop_of(before, after, almost, "top1")
     assert resampled[0] == pytest.approx(exact[0])
     assert resampled[1] == pytest.approx(exact[1], abs=0.02)
 
 
 def test_records_of_other_samples_are_refused():
     with pytest.raises(ValueError, match="2 and 3"):
-        paired_drop(records([1, 1]), records([1, 1, 1]), mean_of("top1"), "top1")
+        drop_of(records([1, 1]), records([1, 1, 1]), mean_of("top1"), "top1")
+
+
+def test_a_set_that_others_are_held_against_is_summarized_once():
+    calls = []
+
+    def summarize(chosen):
+        calls.append(len(chosen))
+        return {"worst": max(record["worst"] for record in chosen), "best": min(r["worst"] for r in chosen)}
+
+    before, *others = (Resampled(records(np.arange(9) + shift, "worst"), summarize) for shift in range(3))
+    for other in others:
+        for metric in ("worst", "best"):
+            paired_drop(before, other, metric, higher_is_better=False)
+    assert len(calls) == 3 * (1 + SUMMARIZE_RESAMPLES)
