@@ -1,7 +1,8 @@
 """Two engines measured in turns on one target until a verdict on their latency stands, or the budget is spent.
 
 A run is a process of its own that loads one engine, warms it up and times it beside the canary. Runs come in pairs,
-one of each side, whose order is drawn: what drifts or comes by turns on the machine then favours neither side.
+one of each side, whose order is drawn: what drifts or comes by turns on the machine then favours neither side. What
+counts of a run is its latency as a multiple of the canary's, which takes the machine's mood out of it.
 """
 
 from __future__ import annotations
@@ -59,6 +60,13 @@ class DuelRun(_Value):
     canary_p50_ms: float | None
     validity: Validity
 
+    @property
+    def canary_multiple(self) -> float | None:
+        """The latency in canaries; None for a run that does not count."""
+        if not self.validity.valid or self.p50_ms is None or self.canary_p50_ms is None:
+            return None
+        return self.p50_ms / self.canary_p50_ms
+
 
 class DuelResult(_Value):
     """Every run, those that did not count included, and what they say together."""
@@ -72,9 +80,9 @@ class DuelResult(_Value):
     seed: int = Field(description="Of the order within the pairs.")
 
     def p50_ms(self, side: Side) -> float | None:
-        """Median over the runs that counted."""
-        values = [pair[SIDES.index(side)] for pair in counted_pairs(self.runs)]
-        return median(values) if values else None
+        """Median over the runs that counted, as it was on the clock."""
+        values = [pair[side].p50_ms for pair in counted_pairs(self.runs)]
+        return median(value for value in values if value is not None) if values else None
 
 
 def duel(
@@ -102,17 +110,13 @@ def duel(
         last_look = len(pairs)
 
 
-def counted_pairs(runs: Sequence[DuelRun]) -> list[tuple[float, float]]:
-    """p50 in ms of champion and candidate, of the pairs in which both were measured and VALID."""
-    valid = {
-        (run.pair, run.side): run.p50_ms for run in runs if run.validity.valid and run.p50_ms is not None
-    }
-    numbers = sorted({pair for pair, _ in valid})
-    return [
-        (valid[number, "champion"], valid[number, "candidate"])
-        for number in numbers
-        if all((number, side) in valid for side in SIDES)
-    ]
+def counted_pairs(runs: Sequence[DuelRun]) -> list[dict[Side, DuelRun]]:
+    """The runs of each pair in which both sides count."""
+    pairs: dict[int, dict[Side, DuelRun]] = {}
+    for run in runs:
+        if run.canary_multiple is not None:
+            pairs.setdefault(run.pair, {})[run.side] = run
+    return [pair for pair in pairs.values() if len(pair) == len(SIDES)]
 
 
 class _Duel:
@@ -136,7 +140,7 @@ class _Duel:
         enough = len(counted_pairs(self.runs)) >= max(LOOKS)
         return enough or len(self.runs) + 2 > self._budget.runs or self._seconds >= self._budget.minutes * 60
 
-    def measure_until_look(self) -> list[tuple[float, float]]:
+    def measure_until_look(self) -> list[dict[Side, DuelRun]]:
         """The pairs that count at the next look, or when the budget is spent."""
         before = len(counted_pairs(self.runs))
         while not self.spent:
@@ -184,7 +188,6 @@ class _Duel:
         return run
 
 
-def _verdict(pairs: Sequence[tuple[float, float]], margin: float, alpha: float) -> MetricVerdict:
-    champion, candidate = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    evidence = timing_evidence(champion, candidate, margin=margin)
-    return judge({METRIC: evidence}, alpha=alpha)[METRIC]
+def _verdict(pairs: Sequence[dict[Side, DuelRun]], margin: float, alpha: float) -> MetricVerdict:
+    champion, candidate = ([pair[side].canary_multiple for pair in pairs] for side in SIDES)
+    return judge({METRIC: timing_evidence(champion, candidate, margin=margin)}, alpha=alpha)[METRIC]

@@ -18,17 +18,20 @@ STATE = {
 }  # fmt: skip
 
 
-def measured(p50_ms, *, valid=True):
+def measured(p50_ms, *, canary_ms=0.5, valid=True):
     """A session of one engine, with no more than a duel reads."""
-    latency = LatencySummary(
-        count=1000, timed_s=2.0, mean_ms=p50_ms, stdev_ms=0.1, p50_ms=p50_ms, p90_ms=None, p95_ms=None, p99_ms=None
+    latency, canary = (
+        LatencySummary(
+            count=1000, timed_s=2.0, mean_ms=value, stdev_ms=0.1, p50_ms=value, p90_ms=None, p95_ms=None, p99_ms=None
+        )
+        for value in (p50_ms, canary_ms)
     )  # fmt: skip
     engine = {
         "variant": "v", "latency": latency, "throughput_samples_per_s": 1.0, "peak_memory_mib": None,
         "engine_memory_mib": None, "drift_ratio": 0.0, "p50_ratio": {"value": 1.0, "interval": (1.0, 1.0)},
     }  # fmt: skip
     return BenchmarkResult(
-        target="orin", variants={"v": engine}, samples=Tensors(sha256="c" * 64, size_bytes=1), canary=latency,
+        target="orin", variants={"v": engine}, samples=Tensors(sha256="c" * 64, size_bytes=1), canary=canary,
         validity=Validity(valid=valid, reasons=() if valid else ("disturbed",)), canary_drift_ratio=0.0, rounds=12,
         excluded_rounds=(), extensions=0, slice_s=0.1, seed=0, machine_before=STATE, machine_after=STATE, boot_id="b",
     )  # fmt: skip
@@ -80,6 +83,16 @@ def test_each_pair_has_both_sides_in_an_order_that_is_drawn():
     assert {frozenset(pair) for pair in pairs} == {frozenset(("champion", "candidate"))}
     assert min(Counter(pair[0] for pair in pairs).values()) >= len(pairs) // 4
     assert fight(Machine(noise=0.5), seed=3) == result
+
+
+def test_mood_of_the_machine_that_the_canary_shares_is_no_noise():
+    machine = Machine(noise=0.002)
+
+    def measure(side):
+        mood = np.exp(machine.rng.normal(0, 0.2))
+        return measured(machine.measure(side).canary.p50_ms * mood, canary_ms=0.5 * mood)
+
+    assert duel(measure, clock=machine.clock).verdict.count == min(LOOKS)
 
 
 def test_noise_takes_all_pairs_and_ends_unknown():
