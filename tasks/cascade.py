@@ -171,7 +171,7 @@ def _measured(
         name: VariantCascade(
             steps=steps,
             fps=Rate.of(result["slice_frames"], seconds, seed),
-            scores=records[name].summary,
+            scores=dict(records[name].summary),
             drops=_drops(context.workload, records[first], records[name]),
             objects=len(found[f"{name}.labels"]),
             size_bytes=sizes[name],
