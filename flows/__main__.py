@@ -143,6 +143,13 @@ def compare(options: argparse.Namespace) -> int:
     )
 
 
+def report(options: argparse.Namespace) -> int:
+    from jetway.flows.report import write_report
+
+    print(write_report(options.run, options.output))
+    return 0
+
+
 def trust(options: argparse.Namespace) -> int:
     target = load_target(options.target)
     from jetway.flows.check import trust_target
@@ -246,6 +253,11 @@ def parser() -> argparse.ArgumentParser:
         help="with --in-turns: longest measurement of a variant; 10 by default",
     )
     _json_argument(sub)
+    sub = command("report", report, "write the HTML report of a finished run")
+    sub.add_argument("run", help="MLflow run id or the start of one, or 'latest'")
+    sub.add_argument(
+        "--output", type=Path, metavar="FILE", help="where it goes; jetway-report-RUN.html by default"
+    )
     sub = command("trust", trust, "show a target's host key and record it")
     sub.add_argument("target", help="name of a target, or its YAML file")
     sub.add_argument(

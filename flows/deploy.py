@@ -33,6 +33,7 @@ from jetway.configs.schema import (
 from jetway.flows.cascade import open_classifier, run_cascade
 from jetway.flows.pipeline import Pipeline, open_pipeline
 from jetway.flows.record import Measured, Network, RunResult, conclude, make_rows
+from jetway.flows.report import log_report
 from jetway.flows.server import queue_for
 from jetway.tasks.analyze import analyze
 from jetway.tasks.artifacts import Checkpoint, Engine, OnnxModel, Package, Report
@@ -87,6 +88,8 @@ def deploy(
             result = conclude(run, table, measured, networks)
             for one in measured:
                 package_for(run, one, [row for row in result.rows if row.target == one.target.name])
+        with run.context.timed("report"):
+            log_report(run.tracker, run.run_id)
         return result
 
 

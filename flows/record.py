@@ -29,6 +29,8 @@ from jetway.tasks.tracking.values import flat_params
 
 #: The run's result as JSON, among its artifacts.
 RESULT_PATH = "result.json"
+#: The report for people, among them too.
+REPORT_PATH = "report.html"
 #: Ends the name of a run with figures that are no device's, as MLflow's table of runs shows names, not tags.
 SIMULATED = " (simulated)"
 
@@ -167,7 +169,10 @@ def conclude(
 
 def description_of(run: Pipeline, table: str, measured: Sequence[Measured]) -> str:
     """What a reviewer reads first: the recipe's sentence, what was chosen, the stage table, and what frames cost."""
-    parts = [run.recipe.description, *run.notes, table]
+    report = (
+        f"[The report]({run.tracker.page_of(run.run_id, REPORT_PATH)}) has charts and tells what they mean."
+    )
+    parts = [run.recipe.description, report, *run.notes, table]
     for one in measured:
         where = f"{one.target.name}: {one.info.machine}"
         parts += [stream_markdown(one.stream, where=where)] if one.stream else []

@@ -16,7 +16,7 @@ from jetway.flows.check import check_recipe_fits
 from jetway.flows.deploy import deploy
 from jetway.flows.failure import Failure
 from jetway.flows.pipeline import OBSERVER, Observer, make_context
-from jetway.flows.record import RunResult
+from jetway.flows.record import REPORT_PATH, RunResult
 from jetway.flows.server import Server, prefect_settings
 from jetway.flows.show import print_result
 from jetway.flows.terminal import Terminal
@@ -24,6 +24,7 @@ from jetway.tasks.errors import JetwayError, TrackingError
 from jetway.tasks.stage import FinishedStage
 from jetway.tasks.table import run_json
 from jetway.tasks.target.jobs import interrupt_jobs
+from jetway.tasks.tracking.tracker import Tracker
 from jetway.tasks.workload import check_workload
 
 #: What is told of a bug of ours; its traceback follows.
@@ -82,9 +83,15 @@ def run_deploy(
         print_result(result)
         print(
             f"\nOrchestration and tracking took {overhead_s:.1f} s beside the stages. "
-            f"Look closer: jetway show {observer.run_id[:8]}, jetway ui"
+            f"Look closer: jetway show {observer.run_id[:8]}, jetway ui\n{report_line(observer.run_id)}"
         )
     return result.exit_code
+
+
+def report_line(run_id: str) -> str:
+    """Where the run's report lies, or how to get it where MLflow keeps it on another machine."""
+    folder = Tracker().local_folder(run_id)
+    return f"Report: {folder / REPORT_PATH if folder else f'jetway report {run_id[:8]}'}"
 
 
 def interrupt(signum: int, frame: Any) -> None:

@@ -37,7 +37,7 @@ def stage_table(
 
     Under a value stands what it is against baseline-fp32 on the same target, and that figure's 95 % interval.
     """
-    columns = [column for column in _columns(metrics, rows) if column.min_width <= width]
+    columns = [column for column in columns_of(metrics, rows) if column.min_width <= width]
     return Group(*(_target_table(columns, group) for group in _by_target(rows)))
 
 
@@ -62,7 +62,7 @@ def _notes_of(row: VariantResult) -> list[str]:
 
 def stage_table_markdown(rows: Sequence[VariantResult], metrics: Sequence[Metric]) -> str:
     """The same table in Markdown, for a run's description and a README; one table a target."""
-    columns = _columns(metrics, rows)
+    columns = columns_of(metrics, rows)
     parts = []
     for group in _by_target(rows):
         titles = [column.title for column in columns]
@@ -104,7 +104,7 @@ def human_bytes(value: float | None) -> str:
     return _scaled(value, (" B", " kB", " MB", " GB", " TB"))
 
 
-def _columns(metrics: Sequence[Metric], rows: Sequence[VariantResult]) -> list[Column]:
+def columns_of(metrics: Sequence[Metric], rows: Sequence[VariantResult]) -> list[Column]:
     """The columns that every table has, and those of what some row has measured."""
     first, *others = metrics
     measured = {name for row in rows for name in row.measured()}

@@ -46,8 +46,9 @@ class RunFiles:
 
     def has(self, run_id: str, path: str) -> bool:
         """Whether a file of this path is attached to the run."""
+        folder = path.rpartition("/")[0] or None
         with translated(self._uri, f"list the files of run {run_id}"):
-            return path in [file.path for file in self._client.list_artifacts(run_id)]
+            return path in [file.path for file in self._client.list_artifacts(run_id, folder)]
 
     def handles(self, run_id: str) -> dict[str, Handle]:
         """Handles of the attached files, by path."""

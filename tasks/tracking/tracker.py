@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
@@ -204,7 +205,7 @@ class Tracker:
     def newest_run_with(self, path: str) -> RunRecord:
         """The newest finished pipeline run with this file at its top. Raises TrackingError when none has."""
         for run in self.pipeline_runs():
-            if run.status == "FINISHED" and self._run_files.has(run.run_id, path):
+            if run.status == "FINISHED" and self.has_file(run.run_id, path):
                 return run
         raise TrackingError(
             f"No run in {without_password(self.uri)} has {path} yet: none has finished. Run jetway run first."
@@ -235,6 +236,10 @@ class Tracker:
                     break
             return [self._record(run) for run in runs]
 
+    def has_file(self, run_id: str, path: str) -> bool:
+        """Whether a file of this path is attached to the run."""
+        return self._run_files.has(run_id, path)
+
     def load_file(self, run_id: str, path: str, folder: Path) -> Path:
         """Brings an attached file into ``folder`` and returns where it is; a local one stays in its place."""
         return self._run_files.fetch(run_id, path, folder)
@@ -254,6 +259,12 @@ class Tracker:
         """Handles of what ``log_files`` attached, by path."""
         with self._lock:
             return self._run_files.handles(run_id)
+
+    def page_of(self, run_id: str, path: str) -> str:
+        """Where MLflow's pages show an attached file, as a link from any of them: they have one address."""
+        with self._translated(f"read run {run_id}"):
+            experiment_id = self._client.get_run(run_id).info.experiment_id
+        return f"#/experiments/{experiment_id}/runs/{run_id}/artifacts/{quote(path)}"
 
     def reap(self) -> list[str]:
         """Marks as KILLED what processes of this machine left RUNNING when they died. Returns the run ids."""

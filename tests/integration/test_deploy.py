@@ -100,7 +100,7 @@ def test_project_with_folders_of_our_names_deploys(project, jetway):
 
 
 def check_record(home, document):
-    """The same metric names in every child run, every artifact, and the table as the description."""
+    """The same metric names in every child run, every artifact, the table as the description, and the report."""
     tracker = Tracker(f"sqlite:///{home / 'mlflow.db'}")
     run = tracker.run(document["run_id"])
     assert run.status == "FINISHED"
@@ -124,3 +124,7 @@ def check_record(home, document):
         passport = tracker.load_json(child.run_id, "passport.json")
         assert passport["engine_sha256"] == tracker.files(child.run_id)["engine.engine"].sha256
     json.dumps(tracker.load_json(run.run_id, "environment.json"))
+    report = (tracker.local_folder(run.run_id) / "report.html").read_text()
+    for told in (*VARIANTS, "top1 against latency", "How long queries took", passport["engine_sha256"][:16]):
+        assert told in report
+    assert tracker.page_of(run.run_id, "report.html") in run.tags["mlflow.note.content"]

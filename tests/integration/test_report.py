@@ -1,0 +1,212 @@
+"""The report of a stored run: through the command, within its budget, and in a real browser, narrow and wide."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import time
+
+import pytest
+from doubles.finished_run import VARIANTS, make_run, store_run
+
+from jetway.configs.load import load_recipe
+from jetway.flows.__main__ import main
+from jetway.flows.record import REPORT_PATH
+from jetway.flows.report import log_report
+from jetway.tasks.store import Store
+from jetway.tasks.tracking.tracker import Tracker
+
+LIMIT_S, LIMIT_BYTES = 3.0, 3_000_000
+LONG = "pruned-int8-ptq-mse-on-ort-tensorrt-with-a-name-that-never-seems-to-come-to-any-end-at-all"
+
+#: Looks at the page as it is laid out: what is wider than the window, and text too faint for WCAG AA.
+INSPECT = """
+<script>
+function channels(colour) { return colour.match(/[\\d.]+/g).map(Number); }
+function luminance([r, g, b]) {
+  const linear = [r, g, b].map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+}
+function backdrop(one) {
+  for (; one; one = one.parentElement) {
+    const found = getComputedStyle(one);
+    if (found.backgroundImage.startsWith("repeating")) return [255, 212, 0];
+    const colour = channels(found.backgroundColor);
+    if (colour.length < 4 || colour[3] === 1) return colour;
+  }
+  return [255, 255, 255];
+}
+function contrast(one) {
+  const drawn = one instanceof SVGElement;
+  const front = luminance(channels(getComputedStyle(one)[drawn ? "fill" : "color"]));
+  const back = luminance(backdrop(drawn ? one.closest("figure, section") : one));
+  return (Math.max(front, back) + 0.05) / (Math.min(front, back) + 0.05);
+}
+function hasWords(one) {
+  return [...one.childNodes].some(n => n.nodeType === 3 && n.data.trim()) && one.getClientRects().length;
+}
+window.onload = () => {
+  document.querySelectorAll("details").forEach(one => one.open = true);
+  const words = [...document.querySelectorAll("body *")].filter(hasWords).filter(
+    one => !one.closest("script") && !one.classList.contains("watermark"));
+  const wide = [...document.querySelectorAll("body *")].filter(
+    one => !one.closest(".scroll > *") && one.getBoundingClientRect().right > innerWidth + 0.5);
+  const clipped = [...document.querySelectorAll("svg.chart text:not(.watermark)")].filter(one => {
+    const outer = one.ownerSVGElement.getBoundingClientRect(), inner = one.getBoundingClientRect();
+    return inner.left < outer.left - 1 || inner.right > outer.right + 1;
+  });
+  const faint = words.filter(one => contrast(one) < 4.5);
+  const told = {
+    width: innerWidth, dark: matchMedia("(prefers-color-scheme: dark)").matches, words: words.length,
+    scrolls: document.documentElement.scrollWidth > innerWidth,
+    wide: wide.map(one => one.tagName + "." + one.className),
+    clipped: clipped.map(one => one.textContent),
+    faint: faint.map(one => one.textContent.slice(0, 40) + " " + contrast(one).toFixed(2)),
+    smallest: Math.min(...words.map(one => parseFloat(getComputedStyle(one).fontSize) *
+      (one instanceof SVGElement ? one.getScreenCTM().a : 1))),
+  };
+  (parent === window ? document : parent.document).title = JSON.stringify(told);
+};
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """Opens a page in a window of a width, dark or light, and returns what INSPECT tells of it."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs Chromium (apt-get install chromium)")
+
+    def open_page(page, *, width, dark, screenshot=None):
+        folder = tmp_path_factory.mktemp("browser")
+        inspected = page.replace("</body>", INSPECT + "</body>")
+        # its own policy lets no script run, this one neither
+        inspected = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", inspected)
+        # a window is never narrower than 500 pixels, a frame may be
+        frame = f'<iframe style="border:0;width:{width}px;height:6000px" srcdoc="{html.escape(inspected)}"></iframe>'
+        (folder / "page.html").write_text(f'<!doctype html><body style="margin:0">{frame}</body>')
+        command = [
+            browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+            f"--user-data-dir={folder / 'profile'}", f"--window-size={max(width, 500)},1400",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--virtual-time-budget=5000",
+            "--dump-dom", (folder / "page.html").as_uri(),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)[1]))
+
+    return open_page
+
+
+@pytest.fixture(scope="module")
+def pages():
+    from jetway.tasks.report.page import report_html
+
+    names = [*VARIANTS[:-1], LONG]
+    invalid = make_run(targets=["bench-a", "bench-b"], variants=names, reasons=["drifted by 38 % " * 20])
+    return {
+        "plain": report_html(make_run()),
+        "simulated": report_html(make_run(simulated=True, gates=["*: size_ratio <= 0.01"])),
+        "invalid, long names": report_html(invalid),
+    }
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("kind", ["plain", "simulated", "invalid, long names"])
+def test_the_page_fits_and_can_be_read(chromium, pages, kind, width, dark):
+    told = chromium(pages[kind], width=width, dark=dark)
+    assert (told["width"], told["dark"]) == (width, dark)
+    assert told["words"] > 200
+    assert not told["scrolls"]
+    assert told["wide"] == []
+    assert told["clipped"] == []
+    assert told["faint"] == []
+    assert told["smallest"] >= 9.5
+
+
+def test_the_inspection_sees_what_is_wrong(chromium):
+    faint = '<p style="color:#999;background:#fff">faint words</p>'
+    wide = '<p style="width:2000px">wide words</p>'
+    told = chromium(f"<!doctype html><body>{faint}{wide}</body>", width=390, dark=False)
+    assert told["scrolls"]
+    assert told["wide"] == ["P."]
+    assert [words[:11] for words in told["faint"]] == ["faint words"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """One for all tests here: MLflow takes seconds to make a database."""
+    return tmp_path_factory.mktemp("report") / "a home"
+
+
+@pytest.fixture
+def store(home, monkeypatch):
+    """Records a run as a flow does, and returns its tracker and number."""
+    monkeypatch.setenv("JETWAY_HOME", str(home))
+    recipe, _ = load_recipe("digits")
+
+    def store(**changes):
+        tracker = Tracker()
+        return tracker, store_run(make_run(**changes), recipe, tracker, Store())
+
+    return store
+
+
+def test_the_command_writes_it_again(store, monkeypatch, tmp_path, capsys):
+    _, run_id = store(variants=VARIANTS[:2])
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", run_id[:8]]) == 0
+    name = f"jetway-report-{run_id[:8]}.html"
+    assert capsys.readouterr().out == f"{name}\n"
+    page = (tmp_path / name).read_text()
+    for told in (
+        run_id,
+        "top1 against latency",
+        "How long queries took",
+        "workload.class_path",
+        "onnxruntime 1.31.1",
+    ):
+        assert told in page
+    assert "prune.round_to" in page
+    assert "export.opset" not in page, "the recipe leaves it at its default"
+    assert main(["report", "latest", "--output", "other.html"]) == 0
+    assert (tmp_path / "other.html").read_text() == page
+
+
+def test_the_command_says_why_there_is_no_report(store, tmp_path, capsys):
+    tracker, run_id = store(variants=VARIANTS[:1], gates=[])
+    failed = tracker.start_run("tiny", tags={"error": "BuildError: out of memory"})
+    tracker.finish(failed, "FAILED")
+    assert main(["report", failed]) == 6
+    assert "FAILED and has no result: BuildError: out of memory" in capsys.readouterr().err
+    assert main(["report", run_id, "--output", str(tmp_path / "no folder" / "report.html")]) == 2
+    assert "name a file in a folder that is there" in capsys.readouterr().err
+
+
+def test_what_an_older_run_did_not_keep_is_left_out(store):
+    tracker, run_id = store(variants=VARIANTS[:2])
+    folder = tracker.local_folder(run_id)
+    (folder / "targets/loopback/samples.safetensors").unlink()
+    (folder / "targets/loopback/stream.json").write_text('{"of": "another version"}')
+    log_report(tracker, run_id)
+    page = (folder / REPORT_PATH).read_text()
+    assert "top1 against latency" in page
+    assert "How long queries took" not in page
+    assert "street.y4m" not in page
+
+
+@pytest.mark.serial
+def test_a_large_report_is_made_in_time_and_stays_small(store):
+    """Five variants on three targets, 20,000 queries each."""
+    tracker, run_id = store(targets=["a", "b", "c"], queries=20_000)
+    log_report(tracker, run_id)
+    fresh = Tracker()
+    started_s = time.perf_counter()
+    log_report(fresh, run_id)
+    assert time.perf_counter() - started_s <= LIMIT_S
+    path = fresh.local_folder(run_id) / REPORT_PATH
+    assert path.stat().st_size <= LIMIT_BYTES
+    assert path.read_text().count("20,000 queries") == 15
