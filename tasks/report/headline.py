@@ -40,9 +40,21 @@ class Headline:
     tone: str
     tiles: tuple[Tile, ...] = ()
 
+    @property
+    def mark(self) -> str:
+        """For those who do not tell colours."""
+        return {PASSED: "✓", MISSED: "✗", UNDECIDED: "?"}[self.tone]
+
 
 def run_headline(rows: Sequence[VariantResult]) -> Headline:
-    """Of the whole run: whether all gates passed on valid measurements, and where not."""
+    """Of the whole run: whether all gates passed on valid measurements. Of figures that no device gave, that first."""
+    told = _judged(rows)
+    if not any(row.simulated for row in rows):
+        return told
+    return Headline(f"Simulated: {told.sentence}", UNDECIDED if told.tone == PASSED else told.tone)
+
+
+def _judged(rows: Sequence[VariantResult]) -> Headline:
     gates = [gate for row in rows for gate in row.gates]
     invalid = list(dict.fromkeys(row.target for row in rows if not row.validity.valid))
     failed = _count(gates, Verdict.FAIL)
@@ -56,8 +68,9 @@ def run_headline(rows: Sequence[VariantResult]) -> Headline:
             f"No verdict: the evidence does not decide {count_of(unknown, 'gate')} of {len(gates)}", UNDECIDED
         )
     if gates:
-        return Headline(f"All {len(gates)} gates passed" if len(gates) > 1 else "The gate passed", PASSED)
-    return Headline("Measured; the recipe sets no gates", PASSED)
+        whole = {1: "The gate", 2: "Both gates"}.get(len(gates), f"All {len(gates)} gates")
+        return Headline(f"{whole} passed, on valid measurements", PASSED)
+    return Headline("Measured and valid; the recipe sets no gates", PASSED)
 
 
 def target_headline(rows: Sequence[VariantResult], metrics: Sequence[Metric]) -> Headline:
@@ -65,7 +78,7 @@ def target_headline(rows: Sequence[VariantResult], metrics: Sequence[Metric]) ->
     best, baseline = winner(rows), baseline_of(rows)
     if best is None:
         return Headline("Nothing to deploy here: every variant missed a gate.", MISSED)
-    tone = _tone(rows)
+    tone = run_headline(rows).tone
     if baseline is None or best.variant == BASELINE:
         others = len(rows) > 1
         sentence = f"{best.variant} {_alone(best, metrics[0])}" + (
@@ -75,10 +88,6 @@ def target_headline(rows: Sequence[VariantResult], metrics: Sequence[Metric]) ->
     parts = [_speed(best, baseline), _size(best, baseline), _score(best, baseline, metrics[0])]
     sentence = f"{best.variant} against the baseline: {'; '.join(part for part in parts if part)}."
     return Headline(sentence, tone, _tiles(best, baseline, metrics, rows))
-
-
-def _tone(rows: Sequence[VariantResult]) -> str:
-    return run_headline(rows).tone
 
 
 def _alone(row: VariantResult, metric: Metric) -> str:

@@ -72,4 +72,4 @@ def count_of(count: int, noun: str) -> str:
 
 
 def day_and_time(moment: datetime) -> str:
-    return f"{moment:%-d %B %Y, %H:%M}"
+    return f"{moment:%-d %B %Y, %H:%M %Z}"

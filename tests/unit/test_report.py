@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from doubles.finished_run import TOP1, VARIANTS, make_run
+from doubles.finished_run import GATES, TOP1, VARIANTS, make_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -227,7 +227,7 @@ def test_what_was_not_measured_is_left_out(run, missing):
 def test_one_variant_alone():
     run = make_run(variants=["baseline-fp32"], gates=[])
     told = Page(report_html(run)).text
-    assert "Measured; the recipe sets no gates" in told
+    assert "Measured and valid; the recipe sets no gates" in told
     assert "baseline-fp32 takes" in told
     assert "against the baseline:" not in told
 
@@ -241,6 +241,8 @@ def test_simulated_figures_are_marked_wherever_they_stand():
     assert all("SIMULATED" in label for label in charts)
     assert html.count('class="watermark"') == len(charts) == 5
     assert "the one to deploy" not in page.text
+    assert run_headline(run.rows).sentence.startswith("Simulated: ")
+    assert run_headline(run.rows).tone != "good"
     assert "SIMULATED" not in report_html(make_run())
 
 
@@ -276,6 +278,14 @@ def test_nothing_to_deploy_where_every_variant_failed():
     assert target_headline(run.rows, run.metrics).sentence.startswith("Nothing to deploy here")
     assert run_headline(run.rows) == run_headline(run.rows[::-1])
     assert run_headline(run.rows).sentence == "5 gates of 5 failed"
+
+
+def test_the_verdict_of_a_run_that_passed():
+    assert (
+        run_headline(make_run(gates=GATES[:1]).rows).sentence == "All 5 gates passed, on valid measurements"
+    )
+    both = make_run(variants=VARIANTS[:2], gates=GATES[:1])
+    assert run_headline(both.rows).sentence == "Both gates passed, on valid measurements"
 
 
 def test_a_gate_that_the_evidence_does_not_decide():
