@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -24,6 +25,8 @@ from jetway.tasks.stream_result import StreamResult
 from jetway.tasks.target_info import TargetInfo
 from jetway.tasks.tracking.tracker import Tracker
 from jetway.tasks.tracking.values import RunRecord
+
+logger = logging.getLogger("jetway")
 
 #: Keys of a recipe that stand elsewhere in the report.
 TOLD_ELSEWHERE = ("schema_version", "name", "description", "variants", "gates", "targets")
@@ -48,8 +51,17 @@ def write_report(id_or_prefix: str, output: Path | None = None) -> Path:
 
 
 def log_report(tracker: Tracker, run_id: str) -> None:
-    """Adds the report to the artifacts of a run whose result is recorded."""
-    tracker.log_text(run_id, REPORT_PATH, report_html(read_run(tracker, tracker.run(run_id))))
+    """Adds the report to the artifacts of a run whose result is recorded.
+
+    A page that cannot be drawn is a bug of ours and told as an error, but hours of measuring are no failure for it.
+    """
+    run = read_run(tracker, tracker.run(run_id))
+    try:
+        page = report_html(run)
+    except Exception:
+        logger.exception("run %s has no report, because its page cannot be drawn", run_id[:8])
+        return
+    tracker.log_text(run_id, REPORT_PATH, page)
 
 
 def read_run(tracker: Tracker, run: RunRecord) -> RunMaterial:

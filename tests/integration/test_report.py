@@ -12,7 +12,7 @@ from doubles.finished_run import VARIANTS, make_run, store_run
 
 from jetway.configs.load import load_recipe
 from jetway.flows.__main__ import main
-from jetway.flows.record import REPORT_PATH
+from jetway.flows.record import REPORT_PATH, RESULT_PATH
 from jetway.flows.report import log_report
 from jetway.tasks.store import Store
 from jetway.tasks.tracking.tracker import Tracker
@@ -196,6 +196,15 @@ def test_what_an_older_run_did_not_keep_is_left_out(store):
     assert "top1 against latency" in page
     assert "How long queries took" not in page
     assert "street.y4m" not in page
+
+
+def test_a_page_that_cannot_be_drawn_is_told_and_costs_no_run(store, caplog):
+    tracker, run_id = store(variants=VARIANTS[:1], gates=[])
+    result = tracker.load_json(run_id, RESULT_PATH)
+    tracker.log_json(run_id, RESULT_PATH, result | {"task_metrics": []})
+    log_report(tracker, run_id)
+    assert "has no report, because its page cannot be drawn" in caplog.text
+    assert not tracker.has_file(run_id, REPORT_PATH)
 
 
 @pytest.mark.serial
