@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # Groups of files (tests/conftest.py) in their order, which begins with the longest.
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup demo test slow-test check fix ui clean bench workloads
+.PHONY: setup demo test slow-test check fix ui clean bench workloads operating-curve
 
 setup: $(STAMP)
 
@@ -45,6 +45,10 @@ bench: setup
 
 workloads: setup
 	"$(BIN)/python" tests/benchmarks/workloads.py
+
+operating-curve: setup
+	mkdir -p .jetway
+	"$(BIN)/python" tests/benchmarks/operating_curve.py .jetway/operating_curve.jsonl --chart .github/operating-curve.png
 
 clean:
 	if [ -x "$(BIN)/jetway" ]; then "$(BIN)/jetway" stop; fi

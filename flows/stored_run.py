@@ -14,9 +14,11 @@ from jetway.flows.pipeline import Observer, make_context
 from jetway.flows.record import RunResult
 from jetway.flows.show import find_result
 from jetway.tasks.artifacts import Engine
-from jetway.tasks.comparison import Scores
 from jetway.tasks.deployment import ENGINE_PATH
+from jetway.tasks.errors import WorkloadError
+from jetway.tasks.paired_scores import Scores
 from jetway.tasks.results import VariantResult
+from jetway.tasks.sources import describe_error
 from jetway.tasks.stage import StageContext
 from jetway.tasks.tracking.tracker import Tracker
 
@@ -53,7 +55,14 @@ class StoredRun:
         return make_context(self.recipe, Path.cwd() / "recipe.yaml", Observer())
 
     def summarize(self, records: Sequence[Any]) -> Mapping[str, float]:
-        return self.context.workload.summarize(records)
+        """By the workload's code as it is today. Raises ConfigError or WorkloadError when that cannot be."""
+        workload = self.context.workload
+        try:
+            return workload.summarize(records)
+        except Exception as exc:
+            raise WorkloadError(
+                f"the workload's summarize() fails on records: {describe_error(exc)}"
+            ) from exc
 
     def scores(self, row: VariantResult) -> Scores:
         """The records of a row's engine, and what they were made of."""

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,20 +19,15 @@ from jetway.tasks.duel import METRIC, DuelResult
 from jetway.tasks.errors import ConfigError, JetwayError
 from jetway.tasks.gates import EXIT_GATE_MISSED, EXIT_NO_VERDICT, EXIT_PASSED
 from jetway.tasks.metrics import Metric
+from jetway.tasks.paired_scores import PairedScores, Scores, Summarize
 from jetway.tasks.results import VariantResult
-from jetway.tasks.statistics import Resampled, paired_drop
 from jetway.tasks.verdict import (
     Change,
     Evidence,
     MetricVerdict,
-    correctness_evidence,
     judge,
     overall,
-    score_evidence,
 )
-
-Record = Mapping[str, Any]
-Summarize = Callable[[Sequence[Any]], Mapping[str, float]]
 
 #: Read off the network and the engine's file, without noise.
 EXACT_METRICS = ("params", "macs", "size_bytes")
@@ -67,16 +60,6 @@ class ComparedRow(_Value):
     target: str
     simulated: bool = Field(description="In either run: its figures say nothing of a device.")
     metrics: tuple[ComparedMetric, ...]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What an engine scored, sample by sample, and digests of the engine and of what it was given."""
-
-    records: Sequence[Record]
-    engine_sha256: str
-    #: Empty in runs that did not keep them yet.
-    inputs_sha256: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,13 +114,7 @@ def compare_rows(
     """
     scored = {metric.name: metric for metric in task_metrics}
     chosen = _chosen(names, (*EXACT_METRICS, "latency_ms_p50", *scored), pairs)
-    table = [
-        [
-            _score(pair, scored[name], summarize, margin) if name in scored else _figure(pair, name)
-            for name in chosen
-        ]
-        for pair in pairs
-    ]
+    table = [_compared(pair, chosen, scored, summarize, margin) for pair in pairs]
     evidence = {
         (i, one.metric): one.evidence
         for i, row in enumerate(table)
@@ -208,6 +185,21 @@ def _chosen(names: Sequence[str], default: Sequence[str], pairs: Sequence[RowPai
     return [name for name in names or default if name in known]
 
 
+def _compared(
+    pair: RowPair,
+    names: Sequence[str],
+    scored: Mapping[str, Metric],
+    summarize: Summarize,
+    margin: float,
+) -> list[ComparedMetric]:
+    """Every metric of a row, with evidence where there is some, and not judged yet."""
+    paired = PairedScores(*pair.scores, summarize)
+    return [
+        _score(pair, paired, scored[name], margin) if name in scored else _figure(pair, name)
+        for name in names
+    ]
+
+
 def _figure(pair: RowPair, name: str) -> ComparedMetric:
     before, after = pair.before.value(name), pair.after.value(name)
     change, reason = Change.UNKNOWN, _why_no_verdict(pair, before, after)
@@ -236,71 +228,24 @@ def _sides(pair: RowPair) -> tuple[tuple[str, VariantResult], tuple[str, Variant
     return ("the first run", pair.before), ("the second run", pair.after)
 
 
-def _score(pair: RowPair, metric: Metric, summarize: Summarize, margin: float) -> ComparedMetric:
-    compared = ComparedMetric(
+def _score(pair: RowPair, paired: PairedScores, metric: Metric, margin: float) -> ComparedMetric:
+    recorded = pair.before.value(metric.name), pair.after.value(metric.name)
+    change, reason, evidence = Change.UNKNOWN, paired.why_not, None
+    if not reason and paired.same_engine:
+        change, reason = Change.SAME, "the same engine file"
+    elif not reason:
+        try:
+            evidence = paired.evidence(metric, recorded, margin)
+        except JetwayError as exc:
+            reason = str(exc)
+    return ComparedMetric(
         metric=metric.name,
-        before=pair.before.value(metric.name),
-        after=pair.after.value(metric.name),
-        change=Change.UNKNOWN,
+        before=recorded[0],
+        after=recorded[1],
+        change=change,
+        reason=reason,
+        evidence=evidence,
     )
-    first, second = pair.scores
-    reason = _why_not_paired(first, second)
-    if reason:
-        return compared.model_copy(update={"reason": reason})
-    if first.engine_sha256 == second.engine_sha256 and first.records == second.records:
-        return compared.model_copy(update={"change": Change.SAME, "reason": "the same engine file"})
-    try:
-        evidence = _paired_evidence(pair, metric, summarize, margin)
-    except JetwayError as exc:
-        return compared.model_copy(update={"reason": str(exc)})
-    return compared.model_copy(update={"evidence": evidence})
-
-
-def _why_not_paired(first: Scores, second: Scores) -> str:
-    counts = len(first.records), len(second.records)
-    if counts[0] != counts[1]:
-        return f"other evaluation data: {counts[0]:,} samples and {counts[1]:,}"
-    if first.inputs_sha256 and second.inputs_sha256 and first.inputs_sha256 != second.inputs_sha256:
-        return "other evaluation data: the inputs differ"
-    return "" if counts[0] else "no samples"
-
-
-def _paired_evidence(pair: RowPair, metric: Metric, summarize: Summarize, margin: float) -> Evidence:
-    """By McNemar where the score is a share of right samples, else by bootstrap.
-
-    Raises ConfigError when the workload's code does not give the values that were recorded.
-    """
-    before, after = (scores.records for scores in pair.scores)
-    is_mean = _reproduces(pair, metric, partial(_mean, metric.name))
-    if is_mean and all(record[metric.name] in (0, 1) for record in (*before, *after)):
-        sides = [[record[metric.name] for record in records] for records in (before, after)]
-        return correctness_evidence(*(sides if metric.higher_is_better else sides[::-1]), margin=margin)
-    if not is_mean and not _reproduces(pair, metric, summarize):
-        raise ConfigError("the workload's summarize() gives other values than were recorded")
-    by = partial(_mean, metric.name) if is_mean else summarize
-    drop, interval = paired_drop(
-        Resampled(before, by), Resampled(after, by), metric.name, higher_is_better=metric.higher_is_better
-    )
-    differing = sum(one != other for one, other in zip(before, after, strict=True))
-    return score_evidence(drop, interval, len(before), differing=differing, margin=margin)
-
-
-def _reproduces(pair: RowPair, metric: Metric, summarize: Summarize) -> bool:
-    """Whether the records give the recorded values, so that resamples of them mean the same."""
-    return all(
-        math.isclose(
-            summarize(scores.records).get(metric.name, math.nan),
-            row.metrics.get(metric.name) or 0.0,
-            abs_tol=1e-9,
-        )
-        for row, scores in zip((pair.before, pair.after), pair.scores, strict=True)
-    )
-
-
-def _mean(name: str, records: Sequence[Record]) -> dict[str, float]:
-    values = [record.get(name) for record in records]
-    numbers = [value for value in values if isinstance(value, (int, float))]
-    return {name: sum(numbers) / len(numbers)} if len(numbers) == len(values) else {}
 
 
 def _judged(compared: ComparedMetric, verdict: MetricVerdict | None) -> ComparedMetric:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from jetway.tasks.paired_tests import drop_interval, holm, mcnemar, median_shift
 from jetway.tasks.results import Interval
+from jetway.tasks.statistics import Floats
 
 K = TypeVar("K", bound=Hashable)
 
@@ -90,7 +91,10 @@ def timing_evidence(
 
 
 def correctness_evidence(
-    baseline: Sequence[float], candidate: Sequence[float], *, margin: float = ACCURACY_MARGIN
+    baseline: Sequence[float] | Floats,
+    candidate: Sequence[float] | Floats,
+    *,
+    margin: float = ACCURACY_MARGIN,
 ) -> Evidence:
     """Of samples that each side gets right (1) or wrong (0), the same samples in the same order.
 

@@ -116,7 +116,8 @@ def report(pairs, live, chart):
             f"{len(noise)} VALID pairs are too few to draw sessions of {max(LOOKS)} from; raise --pairs."
         )
     print(f"{2 * len(pairs)} runs; noise of the {len(noise)} VALID pairs: ", end="")
-    print(f"standard deviation {noise.std():.2%}, widest {abs(noise).max():.2%}.\n")
+    print(f"standard deviation {noise.std():.2%}, widest {abs(noise).max():.2%}; ", end="")
+    print(f"of the latencies themselves, not in canaries, {clock_noise(pairs):.2%}.\n")
     print(f"| {' | '.join(TITLES)} |\n| :-- |{' --: |' * (len(TITLES) - 1)}")
     for name, disturb in (("as they are", undisturbed), ("drift", drift), ("heavy tails", heavy_tails)):
         for candidate in CANDIDATES:
@@ -130,13 +131,19 @@ def report(pairs, live, chart):
         draw(chart, noise, live, slowdowns)
 
 
-def log_ratios(pairs, candidate):
-    """Of latencies in canaries, of the pairs with this candidate in which both runs are VALID."""
+def clock_noise(pairs):
+    shifts = [log_ratios(pairs, candidate, in_canaries=False) for candidate in CANDIDATES]
+    return np.concatenate([values - median_shift(values)[0] for values in shifts]).std()
+
+
+def log_ratios(pairs, candidate, *, in_canaries=True):
+    """Of the pairs with this candidate in which both runs are VALID."""
     valid = [pair for pair in pairs if pair["candidate"] == candidate and all(pair["valid"].values())]
-    in_canaries = [
-        {side: pair["p50_ms"][side] / pair["canary_p50_ms"][side] for side in SIDES} for pair in valid
+    scaled = [
+        {side: pair["p50_ms"][side] / (pair["canary_p50_ms"][side] if in_canaries else 1.0) for side in SIDES}
+        for pair in valid
     ]
-    return np.log([sides["candidate"] / sides["champion"] for sides in in_canaries])
+    return np.log([sides["candidate"] / sides["champion"] for sides in scaled])
 
 
 def undisturbed(rng, noise):

@@ -3,7 +3,6 @@ import pytest
 
 from jetway.tasks.comparison import (
     RowPair,
-    Scores,
     compare_rows,
     differing_params,
     exit_code,
@@ -12,6 +11,7 @@ from jetway.tasks.comparison import (
 )
 from jetway.tasks.errors import ConfigError
 from jetway.tasks.metrics import Metric
+from jetway.tasks.paired_scores import Scores
 from jetway.tasks.results import Validity, VariantResult
 from jetway.tasks.verdict import Change
 
