@@ -139,6 +139,7 @@ def compare(options: argparse.Namespace) -> int:
         variants=options.variant or (),
         metrics=options.metric or (),
         minutes=options.minutes if options.in_turns else None,
+        report=options.report,
         as_json=options.json,
     )
 
@@ -252,6 +253,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="MINUTES",
         help="with --in-turns: longest measurement of a variant; 10 by default",
     )
+    sub.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page of it too")
     _json_argument(sub)
     sub = command("report", report, "write the HTML report of a finished run")
     sub.add_argument("run", help="MLflow run id or the start of one, or 'latest'")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from jetway.flows.report import check_output
 from jetway.flows.stored_run import StoredRun
 from jetway.flows.terminal import Terminal
 from jetway.tasks.comparison import (
@@ -26,6 +28,7 @@ from jetway.tasks.comparison import (
 from jetway.tasks.comparison_table import comparison_json, comparison_notes, comparison_tables
 from jetway.tasks.duel import Budget
 from jetway.tasks.errors import ConfigError
+from jetway.tasks.report.comparison_page import ComparisonMaterial, comparison_html
 from jetway.tasks.results import VariantResult
 from jetway.tasks.tracking.tracker import Tracker
 
@@ -56,14 +59,17 @@ def compare_runs(
     variants: Sequence[str] = (),
     metrics: Sequence[str] = (),
     minutes: float | None = None,
+    report: Path | None = None,
     as_json: bool = False,
 ) -> int:
     """Prints what changed from the first run to the second; with ``minutes``, engines are measured in turns first.
 
-    Returns 1 when something regressed, else 5 when something is UNKNOWN, else 0. Raises TrackingError for a run
-    that is not there or has no stage table, ConfigError for runs that share no row, TargetError for a target that
-    cannot measure.
+    ``report`` takes the same as an HTML page. Returns 1 when something regressed, else 5 when something is UNKNOWN,
+    else 0. Raises TrackingError for a run that is not there or has no stage table, ConfigError for runs that share
+    no row and for a report that cannot be a file, TargetError for a target that cannot measure.
     """
+    if report:
+        check_output(report, "--report")
     tracker = Tracker()
     runs = StoredRun(tracker, first), StoredRun(tracker, second)
     comparison = compare_stored(*runs, margin=margin, variants=variants, metrics=metrics)
@@ -73,7 +79,15 @@ def compare_runs(
         print(json.dumps(document(comparison), indent=1))
     else:
         print_comparison(comparison)
+    if report:
+        report.write_text(comparison_html(material(comparison)), encoding="utf-8")
     return exit_code(overall_change(comparison.rows))
+
+
+def material(comparison: Comparison) -> ComparisonMaterial:
+    """The comparison as its page takes it."""
+    first, second = (run.title for run in comparison.runs)
+    return ComparisonMaterial(first, second, comparison.rows, comparison.params, comparison.unmatched)
 
 
 def compare_stored(

@@ -14,12 +14,13 @@ from pydantic import BaseModel, ValidationError
 
 from jetway.configs.schema import Recipe
 from jetway.flows.record import REPORT_PATH, RESULT_PATH, RunResult
+from jetway.flows.show import find_result
 from jetway.tasks.artifacts import Handle
 from jetway.tasks.cascade_result import CascadeResult
-from jetway.tasks.errors import ConfigError, TrackingError
+from jetway.tasks.errors import ConfigError
 from jetway.tasks.measurement import NS_PER_MS, BenchmarkResult, read_samples
 from jetway.tasks.report.material import Lineage, RunMaterial, TargetMaterial
-from jetway.tasks.report.page import report_html
+from jetway.tasks.report.run_page import report_html
 from jetway.tasks.statistics import Floats
 from jetway.tasks.stream_result import StreamResult
 from jetway.tasks.target_info import TargetInfo
@@ -40,14 +41,19 @@ def write_report(id_or_prefix: str, output: Path | None = None) -> Path:
     Raises TrackingError when there is no such run, or it ended before it had a stage table, and ConfigError for
     an ``output`` that cannot be a file.
     """
-    if output and (output.is_dir() or not output.parent.is_dir()):
-        raise ConfigError(f"--output {output}: name a file in a folder that is there.")
+    if output:
+        check_output(output, "--output")
     tracker = Tracker()
-    latest = id_or_prefix == "latest"
-    run = tracker.newest_run_with(RESULT_PATH) if latest else tracker.find_run(id_or_prefix)
+    run, result = find_result(tracker, id_or_prefix)
     path = output or Path(f"jetway-report-{run.run_id[:8]}.html")
-    path.write_text(report_html(read_run(tracker, run)), encoding="utf-8")
+    path.write_text(report_html(read_run(tracker, run, result)), encoding="utf-8")
     return path
+
+
+def check_output(path: Path, option: str) -> None:
+    """Raises ConfigError for what cannot be written, before anything is read or measured."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: name a file in a folder that is there.")
 
 
 def log_report(tracker: Tracker, run_id: str) -> None:
@@ -55,7 +61,7 @@ def log_report(tracker: Tracker, run_id: str) -> None:
 
     A page that cannot be drawn is a bug of ours and told as an error, but hours of measuring are no failure for it.
     """
-    run = read_run(tracker, tracker.run(run_id))
+    run = read_run(tracker, tracker.run(run_id), tracker.load_json(run_id, RESULT_PATH))
     try:
         page = report_html(run)
     except Exception:
@@ -64,10 +70,10 @@ def log_report(tracker: Tracker, run_id: str) -> None:
     tracker.log_text(run_id, REPORT_PATH, page)
 
 
-def read_run(tracker: Tracker, run: RunRecord) -> RunMaterial:
-    """A finished run from its record. What an older run did not keep is left out of it."""
+def read_run(tracker: Tracker, run: RunRecord, result: Any) -> RunMaterial:
+    """A finished run from its record and the JSON of its result. What an older run did not keep is left out."""
     with tempfile.TemporaryDirectory() as folder:
-        return _Reader(tracker, run, Path(folder)).run_material()
+        return _Reader(tracker, run, Path(folder)).run_material(RunResult.model_validate(result))
 
 
 class _Reader:
@@ -76,8 +82,7 @@ class _Reader:
     def __init__(self, tracker: Tracker, run: RunRecord, folder: Path) -> None:
         self.tracker, self.run, self.folder = tracker, run, folder
 
-    def run_material(self) -> RunMaterial:
-        result = self.result()
+    def run_material(self, result: RunResult) -> RunMaterial:
         recipe = yaml.safe_load(self.path("recipe.yaml").read_text())
         targets = dict.fromkeys(row.target for row in result.rows)
         return RunMaterial(
@@ -93,12 +98,6 @@ class _Reader:
             environment=self.tracker.load_json(self.run.run_id, "environment.json"),
             lineage=[self.lineage(child) for child in self.tracker.children(self.run.run_id)],
         )
-
-    def result(self) -> RunResult:
-        if not self.tracker.has_file(self.run.run_id, RESULT_PATH):
-            error = self.run.tags.get("error", "it did not get that far")
-            raise TrackingError(f"Run {self.run.run_id[:8]} is {self.run.status} and has no result: {error}")
-        return RunResult.model_validate(self.tracker.load_json(self.run.run_id, RESULT_PATH))
 
     def target_material(self, target: str) -> TargetMaterial:
         folder = f"targets/{target}"

@@ -37,6 +37,17 @@ def comparison_notes(rows: Sequence[ComparedRow]) -> list[str]:
     return [f"{text}: {', '.join(places)}" for text, places in said.items()]
 
 
+def comparison_texts(metric: ComparedMetric) -> tuple[str, str, str, str, str]:
+    """Its name, its value in the first run and in the second, the change, and the interval of that."""
+    return (
+        metric.metric,
+        _value(metric, metric.before),
+        _value(metric, metric.after),
+        _change(metric),
+        _interval(metric),
+    )
+
+
 def comparison_json(
     runs: tuple[str, str], rows: Sequence[ComparedRow], params: Params, unmatched: Sequence[str]
 ) -> dict[str, Any]:
@@ -65,14 +76,7 @@ def _row_table(row: ComparedRow) -> Table:
 
 
 def _cells(metric: ComparedMetric) -> list[str | Text]:
-    return [
-        metric.metric,
-        _value(metric, metric.before),
-        _value(metric, metric.after),
-        _change(metric),
-        _interval(metric),
-        Text(metric.change, style=_STYLES[metric.change]),
-    ]
+    return [*comparison_texts(metric), Text(metric.change, style=_STYLES[metric.change])]
 
 
 def _value(metric: ComparedMetric, value: float | None) -> str:

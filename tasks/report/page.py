@@ -1,78 +1,39 @@
-"""The report of a run: one HTML file that needs nothing else, no script and no network."""
+"""HTML pages that need nothing else: one file, no script, no network."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from jetway.tasks.report import words
-from jetway.tasks.report.headline import run_headline
-from jetway.tasks.report.material import RunMaterial
-from jetway.tasks.report.sections import target_section
-from jetway.tasks.report.tables import gates_table, lineage_table, validity_table
-from jetway.tasks.results import Validity, VariantResult
-from jetway.tasks.table import table_notes
-from jetway.tasks.target_info import TargetInfo
 
 FOLDER = Path(__file__).parent
 
 
-def report_html(run: RunMaterial) -> str:
-    """The whole page. Names and texts of the run are escaped wherever they stand."""
-    targets = enumerate(run.target_names(), 1)
-    return _template().render(
-        run=run,
-        headline=run_headline(run.rows),
-        sections=[target_section(run, name, f"target-{index}") for index, name in targets],
-        gates=gates_table(run.rows),
-        validity=validity_table(run),
-        notes=notes_of(run.rows),
-        origin=origin_of(run),
-        lineage=lineage_table(run.lineage),
-        words=words,
-        style=Markup((FOLDER / "style.css").read_text()),
+def render(template: str, *, title: str, simulated: bool, **content: Any) -> str:
+    """A whole page from a template of this folder. What is no Markup is escaped, wherever it stands."""
+    return (
+        _environment()
+        .get_template(template)
+        .render(title=title, simulated=simulated, words=words, style=_style(), **content)
     )
 
 
-def notes_of(rows: Sequence[VariantResult]) -> list[str]:
-    """What else is to be known of the figures; validity and gates have places of their own."""
-    return table_notes([row.model_copy(update={"validity": Validity(), "gates": ()}) for row in rows])
-
-
-def origin_of(run: RunMaterial) -> dict[str, str]:
-    """Which run this is, what code made it, and which machines it ran on."""
-    known = run.environment
-    packages = known.get("packages", {})
-    made = {
-        "run": f"{run.name}, {run.run_id}",
-        "commit of the project": known.get("git_commit", ""),
-        "host": ", ".join(filter(None, (known.get("cpu"), known.get("platform")))),
-        "packages": ", ".join(
-            f"{name} {version}" for name, version in {"Python": known.get("python", ""), **packages}.items()
-        ),
-    }
-    targets = {f"target {name}": _facts(found.info) for name, found in run.targets.items() if found.info}
-    return {key: value for key, value in {**made, **targets}.items() if value}
-
-
-def _facts(info: TargetInfo) -> str:
-    engines = [f"{name} {engine.version}" for name, engine in info.engines.items() if engine.available]
-    jetpack = [f"JetPack {info.jetpack}"] if info.jetpack else []
-    mode = [f"power mode {info.power_mode}"] if info.power_mode else []
-    return ", ".join([info.machine, info.os, *jetpack, f"kernel {info.kernel}", *mode, *engines])
-
-
 @cache
-def _template() -> Template:
-    environment = Environment(
+def _environment() -> Environment:
+    return Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.jinja")
+
+
+@cache
+def _style() -> Markup:
+    return Markup((FOLDER / "style.css").read_text())

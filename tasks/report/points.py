@@ -12,7 +12,7 @@ from jetway.tasks.results import Interval, VariantResult, drop_name
 
 @dataclass(frozen=True)
 class Point:
-    """One variant: what it costs (lower is better) and how it scores."""
+    """One variant: what it costs (lower is better), how it scores, and the number of its mark."""
 
     label: str
     cost: float
@@ -20,20 +20,30 @@ class Point:
     cost_interval: Interval | None = None
     score_interval: Interval | None = None
     counted: bool = True
+    mark: int = 0
 
 
-def latency_points(rows: Sequence[VariantResult], metric: Metric) -> list[Point]:
-    """One target's rows by their median latency in ms. Of an invalid session no point counts."""
-    return _points(rows, metric, "latency_ms_p50", timed=True)
+def latency_points(rows: Sequence[VariantResult], metric: Metric, order: Sequence[str]) -> list[Point]:
+    """One target's rows by their median latency in ms. Of an invalid session no point counts.
+
+    ``order`` gives the variants of a report their marks, which are the same in all of its charts.
+    """
+    return _points(rows, metric, order, "latency_ms_p50", timed=True)
 
 
-def size_points(rows: Sequence[VariantResult], metric: Metric) -> list[Point]:
+def size_points(rows: Sequence[VariantResult], metric: Metric, order: Sequence[str]) -> list[Point]:
     """One target's rows by the size of their engine in MB, which no disturbance of a session changes."""
-    return _points(rows, metric, "size_bytes", scale=1e-6)
+    return _points(rows, metric, order, "size_bytes", scale=1e-6)
 
 
 def _points(
-    rows: Sequence[VariantResult], metric: Metric, cost: str, *, scale: float = 1.0, timed: bool = False
+    rows: Sequence[VariantResult],
+    metric: Metric,
+    order: Sequence[str],
+    cost: str,
+    *,
+    scale: float = 1.0,
+    timed: bool = False,
 ) -> list[Point]:
     baseline = baseline_of(rows)
     points = []
@@ -50,6 +60,7 @@ def _points(
                 cost_interval=(span[0] * scale, span[1] * scale) if span else None,
                 score_interval=_score_interval(row, baseline, metric),
                 counted=row.validity.valid or not timed,
+                mark=order.index(row.variant),
             )
         )
     return points

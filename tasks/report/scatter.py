@@ -36,11 +36,10 @@ def draw_scatter(
     metric: Metric,
     cost: str,
     *,
-    order: Sequence[str],
     title: str,
     simulated: bool = False,
 ) -> Markup:
-    """The chart of one target; ``cost`` names the axis with its unit, ``order`` gives variants their marks.
+    """The chart of one target; ``cost`` names the axis with its unit. No two points have the same label.
 
     Nothing where there is no point. A hollow mark is not valid, and not considered for the front.
     """
@@ -58,17 +57,17 @@ def draw_scatter(
         *([simulated_mark((LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2)] if simulated else []),
         frame.axes(f"{cost} (lower is better)", f"{metric.name} ({better} is better)"),
         _front_line(front, frame, higher_is_better=metric.higher_is_better),
-        *(_interval_bars(point, frame, order) for point in points),
+        *(_interval_bars(point, frame) for point in points),
         *(
             marker(
                 *spots[point.label],
-                order.index(point.label),
+                point.mark,
                 hollow=not point.counted,
                 hint=_hint(point, metric, cost),
             )
             for point in points
         ),
-        _labels(points, spots, order),
+        _labels(points, spots),
     )
 
 
@@ -111,9 +110,9 @@ def _spot(point: Point, frame: Frame) -> tuple[float, float]:
     return frame.x(point.cost), frame.y(point.score)
 
 
-def _interval_bars(point: Point, frame: Frame, order: Sequence[str]) -> Markup:
+def _interval_bars(point: Point, frame: Frame) -> Markup:
     x, y = _spot(point, frame)
-    class_ = f"interval s{order.index(point.label) % COLOURS}"
+    class_ = f"interval s{point.mark % COLOURS}"
     bars = []
     if point.cost_interval:
         low, high = (frame.x(end) for end in point.cost_interval)
@@ -135,7 +134,7 @@ def _hint(point: Point, metric: Metric, cost: str) -> str:
     return f"{point.label}: {number(point.cost)} {cost}, {metric.name} {fraction(point.score)}{invalid}"
 
 
-def _labels(points: Sequence[Point], spots: dict[str, tuple[float, float]], order: Sequence[str]) -> Markup:
+def _labels(points: Sequence[Point], spots: dict[str, tuple[float, float]]) -> Markup:
     """Names in the colour of their marks, beside them where there is room; the legend has all of them."""
     taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for x, y in spots.values()]
     found = []
@@ -144,9 +143,7 @@ def _labels(points: Sequence[Point], spots: dict[str, tuple[float, float]], orde
         if placed is not None:
             box, x, y, anchor = placed
             taken.append(box)
-            found.append(
-                text(x, y, point.label, f"label f{order.index(point.label) % COLOURS}", anchor=anchor)
-            )
+            found.append(text(x, y, point.label, f"label f{point.mark % COLOURS}", anchor=anchor))
     return join(found)
 
 

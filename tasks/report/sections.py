@@ -107,7 +107,7 @@ class Figures:
 
     def accuracy_latency(self) -> Figure:
         title = self.titled(f"{self.metric.name} against latency")
-        points = latency_points(self.rows, self.metric)
+        points = latency_points(self.rows, self.metric, self.order)
         caption = (
             f"{self.front_text(points)} Bars are 95 % intervals: of the latency, and of {self.metric.name} as paired "
             "with the baseline's on the same samples, so the baseline has none. Where bars overlap, the order is "
@@ -117,13 +117,11 @@ class Figures:
 
     def accuracy_size(self) -> Figure:
         title = self.titled(f"{self.metric.name} against size")
-        points = size_points(self.rows, self.metric)
+        points = size_points(self.rows, self.metric, self.order)
         return Figure(title, self.scatter(points, "MB", title), f"{self.front_text(points)} A size is exact.")
 
     def scatter(self, points: Sequence[Point], cost: str, title: str) -> Markup:
-        return draw_scatter(
-            points, self.metric, cost, order=self.order, title=title, simulated=self.simulated
-        )
+        return draw_scatter(points, self.metric, cost, title=title, simulated=self.simulated)
 
     def front_text(self, points: Sequence[Point]) -> str:
         front = pareto_front(points, higher_is_better=self.metric.higher_is_better)

@@ -102,7 +102,7 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages():
-    from jetway.tasks.report.page import report_html
+    from jetway.tasks.report.run_page import report_html
 
     names = [*VARIANTS[:-1], LONG]
     invalid = make_run(targets=["bench-a", "bench-b"], variants=names, reasons=["drifted by 38 % " * 20])
@@ -181,7 +181,7 @@ def test_the_command_says_why_there_is_no_report(store, tmp_path, capsys):
     failed = tracker.start_run("tiny", tags={"error": "BuildError: out of memory"})
     tracker.finish(failed, "FAILED")
     assert main(["report", failed]) == 6
-    assert "FAILED and has no result: BuildError: out of memory" in capsys.readouterr().err
+    assert "FAILED and has no stage table: BuildError: out of memory" in capsys.readouterr().err
     assert main(["report", run_id, "--output", str(tmp_path / "no folder" / "report.html")]) == 2
     assert "name a file in a folder that is there" in capsys.readouterr().err
 

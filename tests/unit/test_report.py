@@ -15,9 +15,9 @@ from jetway.tasks.layer_table import Layer
 from jetway.tasks.metrics import Metric
 from jetway.tasks.report.distribution import draw_distributions
 from jetway.tasks.report.headline import run_headline, target_headline
-from jetway.tasks.report.page import report_html
 from jetway.tasks.report.pareto import pareto_front
 from jetway.tasks.report.points import Point, latency_points, size_points
+from jetway.tasks.report.run_page import report_html
 from jetway.tasks.report.scatter import draw_scatter
 from jetway.tasks.report.svg import Scale, linear_ticks, log_ticks, marker, tick_texts
 from jetway.tasks.report.words import factor, factor_span, listed, number
@@ -164,12 +164,12 @@ def test_what_does_not_count_beats_nothing():
 
 def test_points_carry_the_intervals_that_are_known(run):
     rows = run.rows[:2]
-    baseline, pruned = latency_points(rows, TOP1)
+    baseline, pruned = latency_points(rows, TOP1, VARIANTS)
     assert baseline.score_interval is None
     assert pruned.cost_interval == rows[1].intervals["latency_ms_p50"]
     # of a drop of 0.004 ± 0.006 against 0.985
     assert pruned.score_interval == pytest.approx((0.975, 0.987))
-    assert size_points(rows, TOP1)[1].cost == pytest.approx(rows[1].value("size_bytes") / 1e6)
+    assert size_points(rows, TOP1, VARIANTS)[1].cost == pytest.approx(rows[1].value("size_bytes") / 1e6)
 
 
 def test_points_of_a_metric_to_be_low(run):
@@ -182,12 +182,12 @@ def test_points_of_a_metric_to_be_low(run):
         )
         for i, row in enumerate(run.rows[:2])
     ]
-    assert latency_points(rows, LOSS)[1].score_interval == pytest.approx((0.45, 0.6))
+    assert latency_points(rows, LOSS, VARIANTS)[1].score_interval == pytest.approx((0.45, 0.6))
 
 
 def test_intervals_are_drawn_to_scale():
     points = [Point("a", 1.0, 0.5, (0.5, 2.0), (0.4, 0.7)), Point("b", 4.0, 0.9)]
-    chart = draw_scatter(points, TOP1, "ms", order=["a", "b"], title="A chart")
+    chart = draw_scatter(points, TOP1, "ms", title="A chart")
     across, left, right, up, bottom, top = drawn(chart, "interval")
     width = float(across.get("x2")) - float(across.get("x1"))
     assert float(left.get("x1")) == float(across.get("x1"))
@@ -202,7 +202,7 @@ def test_intervals_are_drawn_to_scale():
 
 def test_an_invalid_session_is_drawn_hollow_and_not_told_as_fast():
     run = make_run(reasons=["other processes held the CPU in 9 of 10 rounds"])
-    chart = draw_scatter(latency_points(run.rows, TOP1), TOP1, "ms", order=VARIANTS, title="A chart")
+    chart = draw_scatter(latency_points(run.rows, TOP1, VARIANTS), TOP1, "ms", title="A chart")
     assert len(drawn(chart, "hollow")) == len(VARIANTS)
     assert not drawn(chart, "front")
     told = Page(report_html(run)).text
@@ -323,7 +323,7 @@ def test_any_figures_can_be_drawn(figures):
         Point(f"v{i}", cost, score, (cost * 0.9, cost * 1.1), (score - 1, score + 1), counted)
         for i, (cost, score, counted) in enumerate(figures)
     ]
-    chart = draw_scatter(points, TOP1, "ms", order=[point.label for point in points], title="A chart")
+    chart = draw_scatter(points, TOP1, "ms", title="A chart")
     assert "nan" not in chart
     assert "inf" not in chart
     assert len(drawn(chart, "mark")) == len(points)
