@@ -64,6 +64,22 @@ def test_drop_of_accuracy_is_a_regression(store_run, here):
     assert "seed" not in told.stdout
 
 
+def test_a_comparison_as_a_page(store_run, here, tmp_path):
+    first = store_run("first", 4900, params={"qat.epochs": 3})
+    second = store_run("second", 4750, params={"qat.epochs": 1})
+    assert here(first, second, "--report", tmp_path / "changes.html").exit_code == 1
+    page = (tmp_path / "changes.html").read_text()
+    for told in (
+        "Worse: top1 of pruned-int8-qat on loopback",
+        "How much worse top1 is",
+        "qat.epochs",
+        second[:8],
+    ):
+        assert told in page
+    nowhere = here(first, second, "--report", tmp_path / "no folder" / "changes.html")
+    assert (nowhere.exit_code, "name a file in a folder" in nowhere.stderr) == (2, True)
+
+
 def test_metrics_by_name_can_pass(store_run, here):
     first, second = (store_run(name, 4900, latency_ms_p50=1.0, size_bytes=9.0) for name in ENGINES)
     assert here(first, second).exit_code == 5

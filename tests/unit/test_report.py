@@ -2,12 +2,12 @@
 
 import dataclasses
 import re
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from doubles.finished_run import GATES, TOP1, VARIANTS, make_run
+from doubles.html_page import HOSTILE, Page
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,43 +22,7 @@ from jetway.tasks.report.scatter import draw_scatter
 from jetway.tasks.report.svg import Scale, linear_ticks, log_ticks, marker, tick_texts
 from jetway.tasks.report.words import factor, factor_span, listed, number
 
-HOSTILE = (
-    """<script>alert('x')</script><img src="http://evil.test/x" onerror="alert(1)">{{ 7 * 7 }}&amp;"'`|"""
-)
 LOSS = Metric(name="loss", higher_is_better=False)
-VOID = {"meta", "br", "img", "link", "input"}
-
-
-class Page(HTMLParser):
-    """The tags of a page with their attributes, its text, and that every tag is closed in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.styles: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        (self.styles if self.open[-1:] == ["style"] else self.words).append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
 
 
 @pytest.fixture(scope="module")
