@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 
@@ -11,11 +11,12 @@ from jetway.configs.schema import BenchmarkConfig
 from jetway.flows.stored_run import StoredRun
 from jetway.tasks.artifacts import Engine
 from jetway.tasks.benchmark import benchmark_engines
-from jetway.tasks.duel import Budget, DuelResult, Side, duel
+from jetway.tasks.duel import Budget, DuelResult, DuelRun, Side, counted_pairs, duel
 from jetway.tasks.measurement import BenchmarkResult
 from jetway.tasks.results import VariantResult
 from jetway.tasks.stage import Progress, StageContext, stage_seed
 from jetway.tasks.target.session import TargetSession, open_target
+from jetway.tasks.verdict import LOOKS
 
 #: A run asks for its median alone, and is short: most of the noise is between processes, which only more runs show.
 ONE_RUN = {
@@ -39,13 +40,17 @@ def measure_in_turns(
     second run's workload cannot be imported here.
     """
     results = {}
-    context = second.context.labelled("")
-    context.progress = progress
     for row in rows:
         engines: dict[Side, Engine] = {"champion": first.engine(row), "candidate": second.engine(row)}
         with open_target(load_target(row.target)) as session:
             result = duel_engines(
-                context, session, engines, second.recipe.benchmark, budget=budget, comparisons=len(rows)
+                second.context,
+                session,
+                engines,
+                second.recipe.benchmark,
+                budget=budget,
+                comparisons=len(rows),
+                on_run=partial(show_run, progress, row),
             )
         log_duel(first, second, row, result)
         results[row.variant, row.target] = result
@@ -60,10 +65,12 @@ def duel_engines(
     *,
     budget: Budget | None = None,
     comparisons: int = 1,
+    on_run: Callable[[Sequence[DuelRun]], None] | None = None,
 ) -> DuelResult:
     """Champion against candidate, each run a job of its own with a lease of its own."""
     measure = partial(measure_once, context, session, engines, config.model_copy(update=ONE_RUN))
-    return duel(measure, budget=budget, comparisons=comparisons, seed=stage_seed(context.seed, "duel"))
+    seed = stage_seed(context.seed, "duel")
+    return duel(measure, budget=budget, comparisons=comparisons, seed=seed, on_run=on_run)
 
 
 def measure_once(
@@ -74,6 +81,14 @@ def measure_once(
     side: Side,
 ) -> BenchmarkResult:
     return benchmark_engines(context, session, {side: engines[side]}, config)
+
+
+def show_run(progress: Progress, row: VariantResult, runs: Sequence[DuelRun]) -> None:
+    """The newest run, and how many pairs count of those that a duel has at most."""
+    run = runs[-1]
+    figure = f"{run.p50_ms:.3f} ms" if run.validity.valid and run.p50_ms is not None else "INVALID"
+    stage = f"{row.variant} in turns on {row.target}"
+    progress(stage, len(counted_pairs(runs)), max(LOOKS), f"run {len(runs)}, {run.side}: {figure}")
 
 
 def log_duel(first: StoredRun, second: StoredRun, row: VariantResult, result: DuelResult) -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import yaml
 
 from jetway.flows.record import RESULT_PATH, RunResult
 from jetway.tasks.metrics import Metric
@@ -21,7 +22,17 @@ def here(jetway_here, tmp_path):
 def store_run(jetway_here, cli_home):
     """Stores a finished run of one variant as ``jetway run`` does, and returns its id."""
 
-    def store(name, right, *, samples=5000, params=(), variant="pruned-int8-qat", **metrics):
+    def store(
+        name,
+        right,
+        *,
+        samples=5000,
+        params=(),
+        variant="pruned-int8-qat",
+        metric="top1",
+        recipe="",
+        **metrics,
+    ):
         tracker, files = Tracker(), Store()
         records = [{"top1": float(i < right)} for i in range(samples)]
         row = VariantResult(
@@ -33,8 +44,9 @@ def store_run(jetway_here, cli_home):
         handle = files.add_json(records, parents=(ENGINES[name], DATA))
         tracker.log_files(child, {"records.json": (handle, files.open(handle))})
         tracker.finish(child, "FINISHED")
-        result = RunResult(run_id=run_id, exit_code=0, rows=(row,), task_metrics=(Metric(name="top1"),))
+        result = RunResult(run_id=run_id, exit_code=0, rows=(row,), task_metrics=(Metric(name=metric),))
         tracker.log_json(run_id, RESULT_PATH, result.model_dump(mode="json"))
+        tracker.log_text(run_id, "recipe.yaml", recipe)
         tracker.finish(run_id, "FINISHED")
         return run_id
 
@@ -91,6 +103,46 @@ def test_a_wider_margin_lets_a_drop_pass(store_run, here):
     first, second = store_run("first", 4900), store_run("second", 4800)
     assert here(first, second).exit_code == 1
     assert here(first, second, "--margin", "0.05").exit_code == 0
+
+
+MODULE = """
+from my_package.my_module import MyWorkload
+from jetway.tasks.metrics import Metric
+
+
+class Squared(MyWorkload):
+    metrics = (Metric(name="squared"),)
+
+    def summarize(self, records):
+        return {"squared": (sum(record["top1"] for record in records) / len(records)) ** 2}
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "change", "reason"),
+    [
+        (MODULE, "REGRESSED", ""),
+        (MODULE.replace("** 2", "** 3"), "UNKNOWN", "summarize() gives other values than were recorded"),
+        (MODULE.replace("top1", "top5"), "UNKNOWN", "summarize() fails on records: KeyError: 'top5'"),
+        (None, "UNKNOWN", "cannot import 'my_package.my_squares'"),
+    ],
+)
+def test_score_that_is_no_mean_is_resampled_by_the_workloads_code(
+    module, change, reason, store_run, project, jetway_here
+):
+    if module:
+        (project / "my_package/my_squares.py").write_text(module)
+    recipe = yaml.safe_load((project / "my_recipe.yaml").read_text())
+    recipe["workload"] = {"class_path": "my_package.my_squares:Squared"}
+    recipe["gates"] = []
+    stored = [
+        store_run(name, right, metric="squared", squared=(right / 5000) ** 2, recipe=yaml.safe_dump(recipe))
+        for name, right in (("first", 4900), ("second", 4750))
+    ]
+    compared = jetway_here("compare", *stored, "--json", cwd=project)
+    (found,) = compared.json["rows"][0]["metrics"]
+    assert found["change"] == change
+    assert reason in found["reason"]
 
 
 @pytest.mark.parametrize("share", ["0", "1", "-0.1", "nan", "much"])

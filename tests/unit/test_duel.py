@@ -110,6 +110,12 @@ def test_invalid_runs_are_kept_and_do_not_count():
     assert len(machine.sides) == 2 * min(LOOKS) + 1 + 2
 
 
+def test_each_run_is_told_as_it_ends():
+    told = []
+    result = fight(Machine(noise=0.002), on_run=lambda runs: told.append(len(runs)))
+    assert told == list(range(1, len(result.runs) + 1))
+
+
 def test_nothing_but_invalid_runs_ends_with_the_budget():
     result = fight(Machine(invalid=range(1000)), budget=Budget(runs=9))
     assert (result.verdict.change, result.verdict.count) == (Change.UNKNOWN, 0)
