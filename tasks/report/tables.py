@@ -58,7 +58,7 @@ def _in_order(columns: Sequence[Column], first: Sequence[str]) -> list[Column]:
 def _stage_cell(column: Column, row: VariantResult, best: VariantResult | None) -> Cell:
     against = tuple(column.against(row))
     if column.title == "variant" and row is best and row.validity.valid and not row.simulated:
-        against = ("the one to deploy",)
+        against = ("fastest, no gate failed",)
     return Cell(column.value(row), f"{_side(column)} {_tone(column, row)}".strip(), against)
 
 

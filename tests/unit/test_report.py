@@ -204,7 +204,7 @@ def test_simulated_figures_are_marked_wherever_they_stand():
     charts = [attributes["aria-label"] for tag, attributes in page.tags if attributes.get("role") == "img"]
     assert all("SIMULATED" in label for label in charts)
     assert html.count('class="watermark"') == len(charts) == 5
-    assert "the one to deploy" not in page.text
+    assert "no gate failed" not in page.text
     assert run_headline(run.rows).sentence.startswith("Simulated: ")
     assert run_headline(run.rows).tone != "good"
     assert "SIMULATED" not in report_html(make_run())
@@ -302,7 +302,7 @@ def test_any_latencies_can_be_drawn(values):
 
 
 def test_ticks_are_round_and_inside():
-    assert linear_ticks(0, 0.7, 5) == pytest.approx([0.0, 0.2, 0.4, 0.6])
+    assert linear_ticks(0, 0.7, 5) == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
     assert log_ticks(0.08, 12, 6) == pytest.approx([0.1, 1, 10])
     assert tick_texts([0.0, 0.02, 0.04]) == ["0.00", "0.02", "0.04"]
     assert tick_texts([0.1, 1.0, 10.0]) == ["0.1", "1", "10"]
