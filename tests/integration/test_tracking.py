@@ -37,7 +37,9 @@ def server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
-def test_two_homes_share_stages_through_a_server(server_uri: str, tmp_path: Path) -> None:
+def test_two_homes_share_stages_through_a_server(
+    server_uri: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     ours, theirs = Store(tmp_path / "ours"), Store(tmp_path / "theirs")
     tracker, key = Tracker(server_uri), json_sha256("key")
     with ours.scratch() as folder:
@@ -57,6 +59,10 @@ def test_two_homes_share_stages_through_a_server(server_uri: str, tmp_path: Path
     fetched = other.load_file(run_id, "prune/pruned.safetensors", tmp_path)
     assert fetched.read_bytes() == b"weights" * 1000
     assert other.find_run(run_id[:8]).params == {"qat.epochs": "3"}
+    assert other.has_file(run_id, "prune/pruned.safetensors")
+    assert not other.has_file(run_id, "prune/other.safetensors")
+    assert not other.has_file(run_id, "no folder/other.safetensors")
+    assert "Downloading" not in capfd.readouterr().err
 
 
 def test_a_server_that_is_gone_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
