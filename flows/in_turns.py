@@ -18,17 +18,26 @@ from jetway.tasks.stage import Progress, StageContext, stage_seed
 from jetway.tasks.target.session import TargetSession, open_target
 from jetway.tasks.verdict import LOOKS
 
-#: A run asks for its median alone, and is short: most of the noise is between processes, which only more runs show.
-ONE_RUN = {
+#: A run asks for its median alone.
+LATENCY_ALONE = {
     "scenarios": ("latency",),
     "stream": None,
     "power": None,
     "profile_layers": False,
     "trtexec": False,
-    "min_queries": 100,
-    "min_duration_s": 2.0,
     "max_extensions": 1,
 }
+#: Most that a run is asked for: most of the noise is between processes, which only more runs can tell.
+MOST_QUERIES, MOST_SECONDS = 100, 2.0
+
+
+def one_run(config: BenchmarkConfig) -> BenchmarkConfig:
+    """A short session of latency alone, otherwise as the recipe has it."""
+    short = {
+        "min_queries": min(config.min_queries, MOST_QUERIES),
+        "min_duration_s": min(config.min_duration_s, MOST_SECONDS),
+    }
+    return config.model_copy(update=LATENCY_ALONE | short)
 
 
 def measure_in_turns(
@@ -68,7 +77,7 @@ def duel_engines(
     on_run: Callable[[Sequence[DuelRun]], None] | None = None,
 ) -> DuelResult:
     """Champion against candidate, each run a job of its own with a lease of its own."""
-    measure = partial(measure_once, context, session, engines, config.model_copy(update=ONE_RUN))
+    measure = partial(measure_once, context, session, engines, one_run(config))
     seed = stage_seed(context.seed, "duel")
     return duel(measure, budget=budget, comparisons=comparisons, seed=seed, on_run=on_run)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from jetway.configs.schema import BenchmarkConfig, Target
-from jetway.flows.in_turns import ONE_RUN, duel_engines, measure_once
+from jetway.flows.in_turns import duel_engines, measure_once, one_run
 from jetway.tasks.chart import DPI, new_canvas
 from jetway.tasks.paired_tests import median_shift
 from jetway.tasks.stage import StageContext
@@ -33,7 +33,7 @@ from jetway.tasks.verdict import LOOKS, Change, judge, timing_evidence
 
 CHAMPION, CANDIDATES, LIVE = 40, (40, 41, 42, 44), (40, 42)
 SIDES = ("champion", "candidate")
-RUN_CONFIG = BenchmarkConfig().model_copy(update=ONE_RUN)
+RUN_CONFIG = one_run(BenchmarkConfig())
 SESSIONS = 2000
 CURVE = np.arange(0.0, 0.105, 0.01)
 DRIFT = 0.01  # of the latency, from one run to the next

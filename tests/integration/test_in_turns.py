@@ -11,7 +11,7 @@ from jetway.tasks.store import Store
 from jetway.tasks.target.session import open_target
 from jetway.tasks.verdict import LOOKS, Change
 
-pytestmark = pytest.mark.serial
+pytestmark = [pytest.mark.serial, pytest.mark.slow]
 
 
 @pytest.fixture
@@ -31,15 +31,6 @@ def fight(loopback, champion, candidate, **budget):
     return duel_engines(context, session, engines, BenchmarkConfig(), budget=Budget(**budget))
 
 
-def test_one_pair_of_runs_is_too_little_for_a_verdict(loopback):
-    result = fight(loopback, 10, 11, runs=2)
-    assert {run.side for run in result.runs} <= {"champion", "candidate"}
-    assert all(0.05 < run.p50_ms < 50 and run.canary_p50_ms > 0 for run in result.runs)
-    assert (result.target, result.simulated, result.verdict.change) == ("loopback", False, Change.UNKNOWN)
-    assert "where six are the fewest" in result.verdict.reason
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "change"), [(40, Change.SAME), (44, Change.REGRESSED)])
 def test_chain_against_a_longer_one(layers, change, loopback):
     """A tenth more of work is found. On a disturbed machine too few runs are VALID, and that is UNKNOWN."""
