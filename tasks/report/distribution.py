@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from markupsafe import Markup
 
-from jetway.tasks.report.scatter import simulated_mark
-from jetway.tasks.report.svg import COLOURS, Scale, drawing, join, line, path, text, tick_texts
+from jetway.tasks.report.svg import COLOURS, Scale, drawing, join, line, path, text, tick_labels, watermark
 from jetway.tasks.report.words import number, shortened
 from jetway.tasks.statistics import MIN_QUERIES, Floats, percentile, supports
 
@@ -38,7 +37,7 @@ def draw_distributions(
         bottom + 40,
         title,
         "; ".join(f"{name}: {_percentiles_text(values)}" for name, values in told.items()) + ".",
-        *([simulated_mark(WIDTH / 2, (TOP + bottom) / 2)] if simulated else []),
+        watermark(WIDTH / 2, (TOP + bottom) / 2, shown=simulated),
         _axis(scale, bottom),
         *rows,
     )
@@ -53,12 +52,8 @@ def _scale(columns: Sequence[Floats]) -> Scale:
 
 
 def _axis(scale: Scale, bottom: float) -> Markup:
-    ticks = scale.ticks(6)
-    parts = [line(scale(value), TOP, scale(value), bottom, "grid") for value in ticks]
-    parts += [
-        text(scale(value), bottom + 16, label, anchor="middle")
-        for value, label in zip(ticks, tick_texts(ticks), strict=True)
-    ]
+    parts = [line(scale(value), TOP, scale(value), bottom, "grid") for value in scale.ticks()]
+    parts += tick_labels(scale, bottom + 16)
     words = f"ms a query{', logarithmic' if scale.log else ''} (further left is better)"
     return join([*parts, text(RIGHT, bottom + 33, words, anchor="end")])
 

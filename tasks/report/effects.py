@@ -7,8 +7,18 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from jetway.tasks.report.scatter import simulated_mark
-from jetway.tasks.report.svg import Scale, drawing, element, join, line, marker, padded, text, tick_texts
+from jetway.tasks.report.svg import (
+    Scale,
+    drawing,
+    element,
+    join,
+    line,
+    marker,
+    padded,
+    text,
+    tick_labels,
+    watermark,
+)
 from jetway.tasks.report.words import shortened
 from jetway.tasks.results import Interval
 
@@ -45,19 +55,15 @@ def draw_effects(
         title,
         f"{told}. Margin {margin:g}.",
         element("rect", x=left, y=TOP, width=right - left, height=bottom - TOP, class_="margin"),
-        *([simulated_mark(WIDTH / 2, (TOP + bottom) / 2)] if simulated else []),
+        watermark(WIDTH / 2, (TOP + bottom) / 2, shown=simulated),
         _axis(scale, bottom, unit),
         *(_effect(one, scale, TOP + ROW * index) for index, one in enumerate(effects)),
     )
 
 
 def _axis(scale: Scale, bottom: float, unit: str) -> Markup:
-    ticks = scale.ticks(5)
     parts = [line(scale(0), TOP, scale(0), bottom, "axis"), line(LEFT, bottom, RIGHT, bottom, "axis")]
-    parts += [
-        text(scale(value), bottom + 16, label, anchor="middle")
-        for value, label in zip(ticks, tick_texts(ticks), strict=True)
-    ]
+    parts += tick_labels(scale, bottom + 16)
     return join([*parts, text(RIGHT, bottom + 33, f"{unit} (further right is worse)", anchor="end")])
 
 

@@ -15,13 +15,13 @@ from jetway.tasks.report.svg import (
     Frame,
     Scale,
     drawing,
-    element,
     join,
     line,
     marker,
     padded,
     path,
     text,
+    watermark,
 )
 from jetway.tasks.report.words import fraction, listed, number
 
@@ -39,7 +39,7 @@ def draw_scatter(
     title: str,
     simulated: bool = False,
 ) -> Markup:
-    """The chart of one target; ``cost`` names the axis with its unit. No two points have the same label.
+    """The chart of one target; ``cost`` names the axis with its unit.
 
     Nothing where there is no point. A hollow mark is not valid, and not considered for the front.
     """
@@ -47,40 +47,26 @@ def draw_scatter(
         return Markup("")
     frame = Frame(_cost_scale(points), _score_scale(points))
     front = pareto_front(points, higher_is_better=metric.higher_is_better)
-    spots = {point.label: (frame.x(point.cost), frame.y(point.score)) for point in points}
     better = "higher" if metric.higher_is_better else "lower"
     return drawing(
         WIDTH,
         HEIGHT,
         title,
         describe(points, front, metric, cost),
-        *([simulated_mark((LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2)] if simulated else []),
+        watermark((LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2, shown=simulated),
         frame.axes(f"{cost} (lower is better)", f"{metric.name} ({better} is better)"),
         _front_line(front, frame, higher_is_better=metric.higher_is_better),
         *(_interval_bars(point, frame) for point in points),
-        *(
-            marker(
-                *spots[point.label],
-                point.mark,
-                hollow=not point.counted,
-                hint=_hint(point, metric, cost),
-            )
-            for point in points
-        ),
-        _labels(points, spots),
+        *(_mark(point, frame, _words(point, metric, cost)) for point in points),
+        _labels(points, frame),
     )
 
 
 def describe(points: Sequence[Point], front: Sequence[Point], metric: Metric, cost: str) -> str:
     """The chart in words, for who hears it."""
-    told = [f"{p.label}: {number(p.cost)} {cost}, {metric.name} {fraction(p.score)}" for p in points]
+    told = [_words(point, metric, cost) for point in points]
     best = f"Pareto front: {listed([point.label for point in front], 9)}." if front else "No Pareto front."
     return f"{'; '.join(told)}. {best}"
-
-
-def simulated_mark(x: float, y: float) -> Markup:
-    """Behind a chart whose figures are no device's."""
-    return element("text", "SIMULATED", x=x, y=y, class_="watermark", text_anchor="middle")
 
 
 def _cost_scale(points: Sequence[Point]) -> Scale:
@@ -129,17 +115,22 @@ def _interval_bars(point: Point, frame: Frame) -> Markup:
     return join(bars)
 
 
-def _hint(point: Point, metric: Metric, cost: str) -> str:
+def _mark(point: Point, frame: Frame, hint: str) -> Markup:
+    return marker(*_spot(point, frame), point.mark, hollow=not point.counted, hint=hint)
+
+
+def _words(point: Point, metric: Metric, cost: str) -> str:
     invalid = "" if point.counted else ", not valid"
     return f"{point.label}: {number(point.cost)} {cost}, {metric.name} {fraction(point.score)}{invalid}"
 
 
-def _labels(points: Sequence[Point], spots: dict[str, tuple[float, float]]) -> Markup:
+def _labels(points: Sequence[Point], frame: Frame) -> Markup:
     """Names in the colour of their marks, beside them where there is room; the legend has all of them."""
-    taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for x, y in spots.values()]
+    spots = [_spot(point, frame) for point in points]
+    taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for x, y in spots]
     found = []
-    for point in points:
-        placed = _room(point.label, spots[point.label], taken)
+    for point, spot in zip(points, spots, strict=True):
+        placed = _room(point.label, spot, taken)
         if placed is not None:
             box, x, y, anchor = placed
             taken.append(box)

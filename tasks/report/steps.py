@@ -8,8 +8,7 @@ from itertools import accumulate
 from markupsafe import Markup
 
 from jetway.tasks.measurement import LatencySummary
-from jetway.tasks.report.scatter import simulated_mark
-from jetway.tasks.report.svg import COLOURS, Scale, drawing, element, join, line, text, tick_texts
+from jetway.tasks.report.svg import COLOURS, Scale, drawing, element, join, line, text, tick_labels, watermark
 from jetway.tasks.report.words import number, shortened
 
 WIDTH, ROW, TOP, LEFT, RIGHT = 360, 46, 8, 16, 344
@@ -31,24 +30,23 @@ def draw_steps(
     Nothing where no variant has a median.
     """
     told = {name: _medians(found, steps) for name, found in variants.items()}
-    longest = max((sum(medians) for medians in told.values()), default=0.0)
-    longest = max([longest, *(found[whole].p50_ms or 0.0 for found in variants.values())])
+    wholes = {name: found[whole].p50_ms for name, found in variants.items()}
+    longest = max([0.0, *map(sum, told.values()), *(one or 0.0 for one in wholes.values())])
     if not longest:
         return Markup("")
     scale = Scale(0.0, longest * 1.04, LEFT, RIGHT)
     bottom = TOP + ROW * len(told)
-    bars = [
-        _bar(name, told[name], variants[name][whole].p50_ms, scale, TOP + ROW * index)
-        for index, name in enumerate(told)
-    ]
     return drawing(
         WIDTH,
         bottom + 40,
         title,
         "; ".join(f"{name}: {_in_words(found, [*steps, whole])}" for name, found in variants.items()) + ".",
-        *([simulated_mark(WIDTH / 2, (TOP + bottom) / 2)] if simulated else []),
+        watermark(WIDTH / 2, (TOP + bottom) / 2, shown=simulated),
         _axis(scale, bottom),
-        *bars,
+        *(
+            _bar(name, medians, wholes[name], scale, TOP + ROW * index)
+            for index, (name, medians) in enumerate(told.items())
+        ),
     )
 
 
@@ -57,12 +55,8 @@ def _medians(found: Steps, steps: Sequence[str]) -> list[float]:
 
 
 def _axis(scale: Scale, bottom: float) -> Markup:
-    ticks = scale.ticks(5)
-    parts = [line(scale(value), TOP, scale(value), bottom, "grid") for value in ticks]
-    parts += [
-        text(scale(value), bottom + 16, label, anchor="middle")
-        for value, label in zip(ticks, tick_texts(ticks), strict=True)
-    ]
+    parts = [line(scale(value), TOP, scale(value), bottom, "grid") for value in scale.ticks()]
+    parts += tick_labels(scale, bottom + 16)
     return join([*parts, text(RIGHT, bottom + 33, "ms at the median (further left is better)", anchor="end")])
 
 

@@ -43,6 +43,20 @@ def text(x: float, y: float, words: str, class_: str = "", *, anchor: str = "sta
     return element("text", words, x=x, y=y, class_=class_, text_anchor=anchor)
 
 
+def watermark(x: float, y: float, *, shown: bool) -> Markup:
+    """Behind a chart whose figures are no device's; nothing where they are."""
+    return text(x, y, "SIMULATED", "watermark", anchor="middle") if shown else Markup("")
+
+
+def tick_labels(scale: Scale, y: float) -> list[Markup]:
+    """The ticks of an axis to the right, in figures under it."""
+    ticks = scale.ticks()
+    return [
+        text(scale(value), y, label, anchor="middle")
+        for value, label in zip(ticks, tick_texts(ticks), strict=True)
+    ]
+
+
 def path(points: Iterable[tuple[float, float]], class_: str, *, closed: bool = False) -> Markup:
     steps = "L".join(f"{_value(x)} {_value(y)}" for x, y in points)
     return element("path", d=f"M{steps}{'Z' if closed else ''}", class_=class_)
@@ -160,17 +174,14 @@ class Frame:
 
     def axes(self, x_title: str, y_title: str) -> Markup:
         left, right, bottom, top = self.x.start, self.x.end, self.y.start, self.y.end
-        across, upwards = self.y.ticks(5), self.x.ticks(5)
+        across = self.y.ticks()
         parts = [line(left, self.y(value), right, self.y(value), "grid") for value in across]
-        parts += [line(self.x(value), bottom, self.x(value), bottom + 4, "axis") for value in upwards]
+        parts += [line(self.x(value), bottom, self.x(value), bottom + 4, "axis") for value in self.x.ticks()]
         parts += [
             text(left - 6, self.y(value) + 4, label, anchor="end")
             for value, label in zip(across, tick_texts(across), strict=True)
         ]
-        parts += [
-            text(self.x(value), bottom + 17, label, anchor="middle")
-            for value, label in zip(upwards, tick_texts(upwards), strict=True)
-        ]
+        parts += tick_labels(self.x, bottom + 17)
         parts += [line(left, bottom, right, bottom, "axis")]
         parts += [text(right, bottom + 34, x_title, anchor="end"), text(4, top - 12, y_title)]
         return join(parts)
