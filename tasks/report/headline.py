@@ -187,7 +187,7 @@ def _validity_tile(rows: Sequence[VariantResult]) -> Tile:
     if any(row.simulated for row in rows):
         return Tile("Measurement", "SIMULATED", "no figure here is a device's", UNDECIDED)
     if all(row.validity.valid for row in rows):
-        return Tile("Measurement", "valid", "nothing disturbed it", PASSED)
+        return Tile("Measurement", "valid", "no reason to doubt it", PASSED)
     return Tile("Measurement", "INVALID", "neither slow nor fast: see why below", UNDECIDED)
 
 

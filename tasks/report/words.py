@@ -47,10 +47,10 @@ def factor(ratio: float, less: str, more: str) -> str:
 
 
 def factor_span(interval: Interval) -> str:
-    """The interval of a ratio as that of its factor: ``6.5 to 6.8``."""
+    """The interval of a ratio as that of its factor: ``6.5× to 6.8×``, ``2.8×`` where the ends read the same."""
     low, high = interval
     ends = (1 / high, 1 / low) if high < 1 else (low, high)
-    return " to ".join(times(end) for end in ends)
+    return " to ".join(dict.fromkeys(times(end) for end in ends))
 
 
 def listed(names: list[str], limit: int = 4) -> str:

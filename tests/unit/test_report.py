@@ -329,6 +329,7 @@ def test_words():
     assert factor(1.2, "faster", "slower") == "1.20× slower"
     assert factor(1.001, "faster", "slower") == "the same"
     assert factor_span((0.147, 0.154)) == "6.5× to 6.8×"
+    assert factor_span((0.356, 0.357)) == "2.8×"
     assert listed(["a"]) == "a"
     assert listed(["a", "b", "c"]) == "a, b and c"
     assert listed([*"abcdef"]) == "a, b, c, d and 2 more"
