@@ -94,16 +94,17 @@ def _root(falling: Callable[[float], float], low: float, high: float) -> float:
     return (low + high) / 2
 
 
-def samples_for(margin: float, discordant_ratio: float, *, power: float = 0.99, alpha: float = 0.025) -> int:
+def samples_for(margin: float, discordant_ratio: float, *, power: float = 0.995, alpha: float = 0.025) -> int:
     """Samples that tell a drop of ``margin`` from none, by McNemar's test (Connor, Biometrics 43, 1987).
 
-    ``discordant_ratio`` is the share of samples that one side alone gets right; fewer than the margin cannot
-    carry such a drop, and are counted as the margin. ``alpha`` is one-sided. With the defaults, the 95 % interval
-    of two equally good sides lies below the margin in 99 % of all comparisons.
+    ``discordant_ratio`` is the share of samples that one side alone gets right. Fewer than twice the margin are
+    counted as that, as the formula is asymptotic. ``alpha`` is one-sided. With the defaults, in simulation, more than
+    99 % of comparisons of equally good sides end with a 95 % interval below the margin, and more than 95 % of drops
+    by the margin are significant at 1 %.
     """
     if not (0 < margin < 1 and 0 <= discordant_ratio <= 1):
         raise ValueError(f"a margin of {margin} or a discordant share of {discordant_ratio} is no share")
-    discordant = max(discordant_ratio, margin)
+    discordant = max(discordant_ratio, 2 * margin)
     found = NormalDist().inv_cdf(1 - alpha) * math.sqrt(discordant)
     missed = NormalDist().inv_cdf(power) * math.sqrt(discordant - margin**2)
     return math.ceil(((found + missed) / margin) ** 2)

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from jetway.tasks.paired_tests import drop_interval, holm, mcnemar, median_shift
+from jetway.tasks.paired_tests import drop_interval, holm, mcnemar, median_shift, samples_for
 from jetway.tasks.results import Interval
 from jetway.tasks.statistics import Floats
 
@@ -55,6 +55,9 @@ class Evidence(_Value):
     unit: Literal["runs", "samples"]
     margin: float
     rule: Literal["equivalence", "non-inferiority"]
+    samples_needed: int | None = Field(
+        default=None, description="Recommended for the margin, where samples differ as often as these did."
+    )
 
 
 class MetricVerdict(Evidence):
@@ -112,6 +115,7 @@ def correctness_evidence(
         unit="samples",
         margin=margin,
         rule="non-inferiority",
+        samples_needed=samples_for(margin, (lost + won) / count),
     )
 
 
@@ -190,7 +194,9 @@ def _unknown_reason(evidence: Evidence) -> str:
     seen = f"{evidence.count} {evidence.unit}"
     if evidence.interval is None:
         return f"{seen} a side, where six are the fewest that bound a change"
-    return f"{seen} leave {_share(evidence.interval[0])} to {_share(evidence.interval[1])} open"
+    few = evidence.samples_needed is not None and evidence.samples_needed > evidence.count
+    advice = f"; {evidence.samples_needed:,} are recommended" if few else ""
+    return f"{seen} leave {_share(evidence.interval[0])} to {_share(evidence.interval[1])} open{advice}"
 
 
 def _share(value: float) -> str:

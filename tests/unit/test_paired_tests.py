@@ -95,8 +95,8 @@ def test_samples_for_agrees_with_connors_formula(margin, discordant, samples):
     assert samples_for(margin, discordant, power=0.90, alpha=0.05) == pytest.approx(samples, abs=1)
 
 
-def test_samples_for_a_drop_that_so_few_discordant_samples_cannot_carry():
-    assert samples_for(0.01, 0.0) == samples_for(0.01, 0.01)
+def test_samples_for_few_discordant_samples_are_those_of_twice_the_margin():
+    assert samples_for(0.01, 0.0) == samples_for(0.01, 0.02)
 
 
 @pytest.mark.parametrize(("margin", "discordant"), [(0.0, 0.1), (1.0, 0.1), (0.01, 1.5)])

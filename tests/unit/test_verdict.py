@@ -172,17 +172,19 @@ def test_drop_of_the_margin_is_caught_with_the_samples_recommended_for_it(discor
     assert np.mean([change is Change.SAME for change in changes]) <= 0.035
 
 
-@pytest.mark.parametrize("discordant", [0.0, 0.05])
+@pytest.mark.parametrize("discordant", [0.0, 0.02, 0.05])
 def test_equally_good_sides_pass_with_the_samples_recommended(discordant):
     """To pass is SAME or IMPROVED, a statement that evidence carries; UNKNOWN is no pass."""
     changes = list(accuracy_changes(0.0, discordant, samples_for(0.01, discordant)))
-    assert np.mean([change in (Change.SAME, Change.IMPROVED) for change in changes]) >= 0.985
+    assert np.mean([change in (Change.SAME, Change.IMPROVED) for change in changes]) >= 0.99
     assert np.mean([change is Change.REGRESSED for change in changes]) <= FALSE_ALARM_RATIO
 
 
-def test_no_difference_in_few_samples_is_no_pass():
+def test_no_difference_in_few_samples_is_no_pass_and_says_how_many_would_do():
     evidence = correctness_evidence([1.0] * 100, [1.0] * 100)
-    assert judge({"top1": evidence})["top1"].change is Change.UNKNOWN
+    verdict = judge({"top1": evidence})["top1"]
+    assert (verdict.change, verdict.samples_needed) == (Change.UNKNOWN, samples_for(0.01, 0.0))
+    assert verdict.reason == "100 samples leave -3.70 % to +3.70 % open; 4,103 are recommended"
 
 
 def test_much_better_scores_pass_without_an_upper_bound_on_the_gain():
