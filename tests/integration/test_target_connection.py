@@ -102,7 +102,10 @@ def test_timeout_ends_the_command_on_the_target(
     with pytest.raises(TargetTimeoutError, match="within 1 s"):
         session.connection.run(["sh", "-c", "echo $$ > /dev/stderr; exec sleep 98.7654"], timeout_s=1)
     assert time.monotonic() - started < 5
-    assert not processes("98.7654")
+    # its second began there, which on a busy machine is later than here
+    while processes("98.7654"):
+        assert time.monotonic() - started < 12
+        time.sleep(0.05)
 
 
 def test_threads_share_a_connection(session: TargetSession) -> None:
