@@ -223,6 +223,39 @@ def parser() -> argparse.ArgumentParser:
     sub = command(
         "compare", compare, "compare two finished runs: what changed, and whether something got worse"
     )
+    _compare_arguments(sub)
+    _json_argument(sub)
+    sub = command("report", report, "write the HTML report of a finished run")
+    sub.add_argument("run", help="MLflow run id or the start of one, or 'latest'")
+    sub.add_argument(
+        "--output", type=Path, metavar="FILE", help="where it goes; jetway-report-RUN.html by default"
+    )
+    sub = command("trust", trust, "show a target's host key and record it")
+    sub.add_argument("target", help="name of a target, or its YAML file")
+    sub.add_argument(
+        "--yes", action="store_true", help="record without asking; compare the fingerprint elsewhere"
+    )
+    command("ui", ui, "open the MLflow and Prefect pages of this machine, until Ctrl-C")
+    command("stop", stop, "stop the local Prefect server")
+    sub = command("clean", clean, "free the store, keeping what the newest runs need")
+    sub.add_argument(
+        "--keep", type=_positive_number, required=True, metavar="N", help="newest runs to keep whole"
+    )
+    return root
+
+
+def _adder(commands: Any) -> Any:
+    def add(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = commands.add_parser(
+            name, help=text, description=text.capitalize() + "."
+        )
+        sub.set_defaults(command=function)
+        return sub
+
+    return add
+
+
+def _compare_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("first", help="MLflow run id or the start of one: what the other is compared with")
     sub.add_argument("second", help="the run that is judged; 'latest' is the newest")
     sub.add_argument(
@@ -254,35 +287,6 @@ def parser() -> argparse.ArgumentParser:
         help="with --in-turns: longest measurement of a variant; 10 by default",
     )
     sub.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page of it too")
-    _json_argument(sub)
-    sub = command("report", report, "write the HTML report of a finished run")
-    sub.add_argument("run", help="MLflow run id or the start of one, or 'latest'")
-    sub.add_argument(
-        "--output", type=Path, metavar="FILE", help="where it goes; jetway-report-RUN.html by default"
-    )
-    sub = command("trust", trust, "show a target's host key and record it")
-    sub.add_argument("target", help="name of a target, or its YAML file")
-    sub.add_argument(
-        "--yes", action="store_true", help="record without asking; compare the fingerprint elsewhere"
-    )
-    command("ui", ui, "open the MLflow and Prefect pages of this machine, until Ctrl-C")
-    command("stop", stop, "stop the local Prefect server")
-    sub = command("clean", clean, "free the store, keeping what the newest runs need")
-    sub.add_argument(
-        "--keep", type=_positive_number, required=True, metavar="N", help="newest runs to keep whole"
-    )
-    return root
-
-
-def _adder(commands: Any) -> Any:
-    def add(name: str, function: Any, text: str) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = commands.add_parser(
-            name, help=text, description=text.capitalize() + "."
-        )
-        sub.set_defaults(command=function)
-        return sub
-
-    return add
 
 
 def _recipe_arguments(sub: argparse.ArgumentParser) -> None:

@@ -32,11 +32,12 @@ def run_cascade(
     """Builds the classifier's engines on the target, and sends frames through those of each variant."""
     assert run.recipe.cascade is not None
     target, recipe = measured.target, classifier.recipe
+    own = {variant.name: models[target.backend(variant), variant] for variant in recipe.variants}
     engines = {
         variant.name: build(
             classifier.context,
             target,
-            models[target.backend(variant), variant],
+            own[variant.name],
             recipe.build,
             recipe.tensorrt,
             backend=target.backend(variant),
@@ -54,12 +55,7 @@ def run_cascade(
         run.recipe.benchmark,
     )
     behind = {
-        variant.name: Behind(
-            classifier.context,
-            engines[variant.name],
-            models[target.backend(variant), variant],
-            run.recipe.cascade,
-        )
-        for variant in recipe.variants
+        name: Behind(classifier.context, engines[name], model, run.recipe.cascade)
+        for name, model in own.items()
     }
     return replace(measured, cascade=result, behind=behind)

@@ -33,8 +33,8 @@ from jetway.tasks.results import VariantResult
 from jetway.tasks.tracking.tracker import Tracker
 
 WHY_IN_TURNS = (
-    "Times of two sessions get no verdict: of 98 pairs of sessions of one engine, a test of their queries found 86 "
-    "different. --in-turns measures both engines on their target, in turns, a fresh process each time."
+    "Times of two sessions get no verdict: sessions differ from each other even where the engine is the same. "
+    "--in-turns measures both engines on their target, in turns, a fresh process each time."
 )
 
 
