@@ -2,10 +2,12 @@
 made here that have the few symbols which the bindings need and do nothing. What can be had so are the names, the
 signatures and the classes to extend; nothing can be built or run."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -87,13 +89,18 @@ def describe(environment: dict[str, str], module: str) -> dict[str, Any]:
 
 def _unpacked(version: str) -> Path:
     folder = CACHE / f"{version}-{sys.implementation.cache_tag}"
-    if not folder.exists():
-        wheel = _downloaded(version)
-        unfinished = folder.with_suffix(f".{os.getpid()}")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(unfinished)
-        unfinished.rename(folder)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{version}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests of several processes come here at once
+        if not folder.exists():
+            _unpack(_downloaded(version), folder)
     return folder
+
+
+def _unpack(wheel: Path, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=CACHE) as unfinished, zipfile.ZipFile(wheel) as archive:
+        archive.extractall(Path(unfinished) / "whole")
+        (Path(unfinished) / "whole").rename(folder)
 
 
 def _downloaded(version: str) -> Path:

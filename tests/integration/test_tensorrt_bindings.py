@@ -4,6 +4,10 @@ signatures, and every call that the worker makes."""
 
 import ast
 import json
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import doubles
 import pytest
@@ -31,6 +35,22 @@ def real(bindings):
 @pytest.fixture(scope="session")
 def double(bindings, tensorrt_double):
     return real_bindings.describe(tensorrt_double(bindings.version), "tensorrt")["names"]
+
+
+def test_bindings_are_unpacked_once_however_many_ask(tmp_path, monkeypatch):
+    def download(version):
+        time.sleep(0.1)
+        with zipfile.ZipFile(tmp_path / f"{len(list(tmp_path.glob('*.whl')))}.whl", "w") as wheel:
+            wheel.writestr("tensorrt_bindings/__init__.py", f"__version__ = {version!r}")
+        return Path(wheel.filename)
+
+    monkeypatch.setattr(real_bindings, "CACHE", tmp_path)
+    monkeypatch.setattr(real_bindings, "_downloaded", download)
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(real_bindings._unpacked, ["1.0"] * 4))
+    assert len(set(folders)) == 1
+    assert (folders[0] / "tensorrt_bindings" / "__init__.py").is_file()
+    assert len(list(tmp_path.glob("*.whl"))) == 1
 
 
 def named(description):
