@@ -172,6 +172,13 @@ def stop(options: argparse.Namespace) -> int:
     return 0
 
 
+def replay(options: argparse.Namespace) -> int:
+    from jetway.tasks.tracking.tracker import Tracker
+
+    print(f"handed over {Tracker().replay_left()} writes that MLflow had not taken")
+    return 0
+
+
 def clean(options: argparse.Namespace) -> int:
     from jetway.flows.clean import clean as clean_store
 
@@ -237,6 +244,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command("ui", ui, "open the MLflow and Prefect pages of this machine, until Ctrl-C")
     command("stop", stop, "stop the local Prefect server")
+    command("replay", replay, "hand over what runs spooled while MLflow was away")
     sub = command("clean", clean, "free the store, keeping what the newest runs need")
     sub.add_argument(
         "--keep", type=_positive_number, required=True, metavar="N", help="newest runs to keep whole"

@@ -23,7 +23,7 @@ from jetway.tasks.results import metric_names
 from jetway.tasks.stage import FinishedStage, Progress, StageContext, no_progress
 from jetway.tasks.store import Store
 from jetway.tasks.tracking.index import MlflowStageIndex
-from jetway.tasks.tracking.tracker import Tracker
+from jetway.tasks.tracking.tracker import HANDOVER_S, Tracker
 from jetway.tasks.tracking.values import Status, flat_params
 from jetway.tasks.workload import load_workload, workload_digest
 
@@ -81,12 +81,12 @@ class Pipeline:
     def start(self) -> None:
         """Starts the MLflow run. Until here nothing has been written anywhere."""
         tags = {"target": ", ".join(target.name for target in self.targets)}
-        self.tracker.reap()
         name = f"{self.recipe.name} {datetime.now():%Y-%m-%d %H:%M:%S}"
         host = {"host.threads": self.context.threads, "host.device": self.context.device}
         params = flat_params(self.recipe) | host
         self.run_id = self.tracker.start_run(self.recipe.name, params, tags, run_name=name)
         self.observer.on_start(self.run_id)
+        self.tracker.reap()
         self.context.index = MlflowStageIndex(self.tracker, self.context.store, run_id=self.run_id)
         self.tracker.log_text(self.run_id, "recipe.yaml", yaml_of(self.recipe))
         self.tracker.log_json(self.run_id, "environment.json", environment.describe_environment())
@@ -185,6 +185,7 @@ def recording(pipeline: Pipeline) -> Iterator[Pipeline]:
         raise
     finally:
         pipeline.tracker.finish(pipeline.run_id, status)
+        pipeline.tracker.replay(wait_s=0.0 if status == "KILLED" else HANDOVER_S)
 
 
 def yaml_of(model: BaseModel) -> str:

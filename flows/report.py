@@ -17,7 +17,7 @@ from jetway.flows.record import REPORT_PATH, RESULT_PATH, RunResult
 from jetway.flows.show import find_result
 from jetway.tasks.artifacts import Handle
 from jetway.tasks.cascade_result import CascadeResult
-from jetway.tasks.errors import ConfigError
+from jetway.tasks.errors import ConfigError, TrackingUnreachableError
 from jetway.tasks.measurement import NS_PER_MS, BenchmarkResult, read_samples
 from jetway.tasks.report.material import Lineage, RunMaterial, TargetMaterial
 from jetway.tasks.report.run_page import report_html
@@ -60,8 +60,15 @@ def log_report(tracker: Tracker, run_id: str) -> None:
     """Adds the report to the artifacts of a run whose result is recorded.
 
     A page that cannot be drawn is a bug of ours and told as an error, but hours of measuring are no failure for it.
+    Nor is an MLflow that is away.
     """
-    run = read_run(tracker, tracker.run(run_id), tracker.load_json(run_id, RESULT_PATH))
+    if not tracker.replay():
+        return
+    try:
+        run = read_run(tracker, tracker.run(run_id), tracker.load_json(run_id, RESULT_PATH))
+    except TrackingUnreachableError:
+        logger.warning("run %s has no report yet; once MLflow is back: jetway report", run_id[:8])
+        return
     try:
         page = report_html(run)
     except Exception:

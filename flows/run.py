@@ -20,7 +20,7 @@ from jetway.flows.record import REPORT_PATH, RunResult
 from jetway.flows.server import Server, prefect_settings
 from jetway.flows.show import print_result
 from jetway.flows.terminal import Terminal
-from jetway.tasks.errors import JetwayError, TrackingError
+from jetway.tasks.errors import JetwayError, TrackingError, TrackingUnreachableError
 from jetway.tasks.stage import FinishedStage
 from jetway.tasks.table import run_json
 from jetway.tasks.target.jobs import interrupt_jobs
@@ -90,7 +90,10 @@ def run_deploy(
 
 def report_line(run_id: str) -> str:
     """Where the run's report lies, or how to get it where MLflow keeps it on another machine."""
-    folder = Tracker().local_folder(run_id)
+    try:
+        folder = Tracker().local_folder(run_id)
+    except TrackingUnreachableError:
+        folder = None
     return f"Report: {folder / REPORT_PATH if folder else f'jetway report {run_id[:8]}'}"
 
 

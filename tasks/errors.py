@@ -3,7 +3,7 @@
     JetwayError                      exit 1
     ├── ConfigError                  exit 2   the recipe, the target file or the command line
     ├── TargetError                  exit 3   the machine at the other end of the SSH connection
-    │   ├── TargetUnreachableError            no connection; the only error worth retrying
+    │   ├── TargetUnreachableError            no connection; worth retrying
     │   ├── HostKeyError                      the key is unknown or has changed
     │   ├── TargetTimeoutError
     │   ├── TargetBusyError                   another job holds the accelerator's lease
@@ -21,6 +21,7 @@
     ├── ArtifactError                exit 4   a file that should be there is missing or corrupt
     ├── MeasurementError             exit 5   evidence too thin for the statement asked for
     └── TrackingError                exit 6   MLflow or Prefect
+        └── TrackingUnreachableError          no answer from MLflow; worth retrying, and its writes are spooled
 
 A message says what, where, and what to do next. Attributes are keyword-only, with defaults, so that every
 error survives a pickle. Vendor exceptions are translated once, where they surface, ``from exc``.
@@ -127,3 +128,7 @@ class MeasurementError(JetwayError):
 
 class TrackingError(JetwayError):
     exit_code = 6
+
+
+class TrackingUnreachableError(TrackingError):
+    """MLflow does not answer, or says that it cannot for now. A retry may help."""

@@ -11,13 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import requests
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from jetway.tasks.errors import TrackingError
+from jetway.tasks.errors import TrackingError, TrackingUnreachableError
 from jetway.tasks.store import jetway_home
 
+HEALTH_TIMEOUT_S = 5.0
+INTERNAL_ERROR = 500
+# Too many requests; a gateway's and MLflow's own ways to say "later".
+AWAY_STATUS = (429, 502, 503, 504)
 _SQLITE = "sqlite:///"
 
 
@@ -65,10 +70,22 @@ def translated(uri: str, what: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as exc:
         reason = _reason(exc).replace(uri, without_password(uri))
-        raise TrackingError(
+        kind = TrackingUnreachableError if _is_away(uri, exc) else TrackingError
+        raise kind(
             f"MLflow at {without_password(uri)} could not {what}: {reason}. Check that it is reachable "
             "and has room; unset MLFLOW_TRACKING_URI to use the embedded database."
         ) from exc
+
+
+def answers(uri: str) -> bool:
+    """Whether a server is there; a database that no server stands before counts as there."""
+    if not uri.startswith("http"):
+        return True
+    try:
+        requests.get(f"{uri.rstrip('/')}/health", timeout=HEALTH_TIMEOUT_S)
+    except requests.RequestException:
+        return False
+    return True
 
 
 def place_file(local: Path, final: Path) -> None:
@@ -88,6 +105,19 @@ def without_password(uri: str) -> str:
     """The address without ``user:password@`` and without its query, where a password may stand as well."""
     scheme, found, rest = uri.partition("://")
     return f"{scheme}{found}{rest.rpartition('@')[2].partition('?')[0]}" if found else uri
+
+
+def _is_away(uri: str, exc: BaseException) -> bool:
+    """Whether a retry may help. MLflow wraps a lost connection in the error that it also has for bugs."""
+    if uri.startswith(_SQLITE):
+        return False
+    if isinstance(exc, requests.RequestException):
+        return exc.response is None or exc.response.status_code in AWAY_STATUS
+    if isinstance(exc, MlflowException):
+        status = int(exc.get_http_status_code())  # type: ignore[no-untyped-call]
+        lost = isinstance(exc.__context__, requests.RequestException)
+        return lost or status in AWAY_STATUS or (status == INTERNAL_ERROR and not answers(uri))
+    return isinstance(exc, (OperationalError, ConnectionError))
 
 
 def _reason(exc: Exception) -> str:

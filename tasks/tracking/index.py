@@ -9,7 +9,7 @@ import threading
 from pydantic import ValidationError
 
 from jetway.tasks.artifacts import Handle, StageOutput, file_sha256
-from jetway.tasks.errors import ArtifactError, TrackingError
+from jetway.tasks.errors import ArtifactError, TrackingError, TrackingUnreachableError
 from jetway.tasks.store import Store
 from jetway.tasks.tracking.connection import place_file
 from jetway.tasks.tracking.tracker import Tracker
@@ -55,7 +55,8 @@ class MlflowStageIndex:
 
     def record(self, key: str, stage: str, output: StageOutput, seconds: float) -> None:
         """Records a finished stage. The entry counts only once all of its files are in."""
-        run_id = self._tracker.start_stage(EXPERIMENT, stage, {STAGE_TAG: stage, KEY_TAG: key})
+        tags = {STAGE_TAG: stage, KEY_TAG: key}
+        run_id = self._tracker.start_stage(EXPERIMENT, stage, tags, unless=_finished(key))
         paths = {handle.sha256: self._store.open(handle) for handle in output.handles()}
         files = {_file_path(handle): (handle, paths[handle.sha256]) for handle in output.handles()}
         self._tracker.log_files(run_id, files)
@@ -69,8 +70,12 @@ class MlflowStageIndex:
         return self._tracker.search("", experiment=EXPERIMENT)
 
     def _entries(self, key: str) -> list[RunRecord]:
-        query = f"attributes.status = 'FINISHED' AND tags.`{KEY_TAG}` = '{key}'"
-        return self._tracker.search(query, experiment=EXPERIMENT, limit=ENTRIES_TRIED)
+        """None while MLflow is away: then the stage runs, and is not recorded twice."""
+        try:
+            return self._tracker.search(_finished(key), experiment=EXPERIMENT, limit=ENTRIES_TRIED)
+        except TrackingUnreachableError as exc:
+            logger.warning("the stage runs without a look for its result: %s", exc)
+            return []
 
     def _bring(self, entry: RunRecord) -> StageOutput:
         output = StageOutput.model_validate(self._tracker.load_json(entry.run_id, OUTPUT_PATH))
@@ -118,6 +123,10 @@ def used_keys(tracker: Tracker, run_id: str) -> set[str]:
     except TrackingError:
         return set()
     return {entry["key"] for entry in document["stages"]}
+
+
+def _finished(key: str) -> str:
+    return f"attributes.status = 'FINISHED' AND tags.`{KEY_TAG}` = '{key}'"
 
 
 def _file_path(handle: Handle) -> str:

@@ -7,24 +7,27 @@ run of its own, so nothing here is fluent.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
 
 from jetway.tasks import environment
 from jetway.tasks.artifacts import Handle
-from jetway.tasks.errors import TrackingError
+from jetway.tasks.errors import TrackingError, TrackingUnreachableError
 from jetway.tasks.tracking.connection import (
+    answers,
     artifact_location,
     embedded_uri,
     one_at_a_time,
@@ -34,6 +37,7 @@ from jetway.tasks.tracking.connection import (
     without_password,
 )
 from jetway.tasks.tracking.files import RunFiles
+from jetway.tasks.tracking.spool import Line, NewRun, Point, Spool, Write, left_spools
 from jetway.tasks.tracking.values import (
     BOOT_TAG,
     FILES_PATH,
@@ -46,6 +50,7 @@ from jetway.tasks.tracking.values import (
     PARENT_TAG,
     PROCESS_TAG,
     TAGS_A_BATCH,
+    TOKEN_TAG,
     Files,
     RunRecord,
     Status,
@@ -54,18 +59,43 @@ from jetway.tasks.tracking.values import (
     short_text,
 )
 
+logger = logging.getLogger("jetway")
+
+#: How long a run waits for an MLflow that is away, before its writes are spooled and its questions fail.
+RUN_PATIENCE_S = 60.0
+#: The same for commands, which have nothing to lose.
+PATIENCE_S = 10.0
+#: How long a run that is at its end waits, to hand over what it has spooled.
+HANDOVER_S = 60.0
+POLL_S = 1.0
+# How often a run that spools looks whether MLflow is back.
+LOOK_S = 15.0
+
+Answer = TypeVar("Answer")
+
 
 class Tracker:
     """One MLflow server or database. Construction touches nothing; the first call opens it.
 
     ``uri`` defaults to ``MLFLOW_TRACKING_URI``, and without that to a sqlite file in ``JETWAY_HOME`` whose
     artifacts lie beside it. Every method raises TrackingError when MLflow cannot do what it is asked.
+
+    When a server is away for longer than ``run_patience_s``, what is written to runs that this tracker started
+    goes to a spool on this machine's disk, and ``replay`` hands it over.
     """
 
-    def __init__(self, uri: str | None = None) -> None:
+    def __init__(self, uri: str | None = None, *, run_patience_s: float = RUN_PATIENCE_S) -> None:
         self.uri = uri or tracking_uri()
+        self._run_patience_s = run_patience_s
         self._experiments: dict[str, str] = {}
         self._lock = threading.RLock()
+        self._spool = Spool(without_password(self.uri))
+        #: Experiment of each run that this tracker started.
+        self._started: dict[str, str] = {}
+        #: Ids of the runs that were made from the spool, by the token that stood for them.
+        self._made: dict[str, str | None] = {}
+        self._away_since_s: float | None = None
+        self._looked_s = 0.0
 
     @property
     def embedded(self) -> bool:
@@ -93,13 +123,18 @@ class Tracker:
         tags: Mapping[str, str] | None = None,
     ) -> str:
         """Starts the run of one variant on one target under its parent. Returns its run id."""
-        parent = self.run(parent_id)
-        inherited = {"recipe": parent.tags.get("recipe", parent.experiment), PARENT_TAG: parent_id}
-        return self._create(parent.experiment, "variant", params, {**inherited, **(tags or {})}, name)
+        experiment = (
+            self._started[parent_id] if parent_id in self._started else self.run(parent_id).experiment
+        )
+        inherited = {"recipe": experiment, PARENT_TAG: parent_id}
+        return self._create(experiment, "variant", params, {**inherited, **(tags or {})}, name)
 
-    def start_stage(self, experiment: str, stage: str, tags: Mapping[str, str]) -> str:
-        """Starts the run that will hold one finished stage's files. Returns its run id."""
-        return self._create(experiment, "stage", None, tags, stage)
+    def start_stage(self, experiment: str, stage: str, tags: Mapping[str, str], *, unless: str) -> str:
+        """Starts the run that will hold one finished stage's files. Returns its run id.
+
+        Where it can be made only later, it is not made if a run fits the search string ``unless`` by then.
+        """
+        return self._create(experiment, "stage", None, tags, stage, unless=unless)
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         """Logs params; a value MLflow would refuse for its length is cut, with a note of that at its end."""
@@ -111,9 +146,9 @@ class Tracker:
 
     def log_series(self, run_id: str, points: Sequence[tuple[int, Mapping[str, float | None]]]) -> None:
         """Logs metrics of many steps (epochs, slices) in as few batches as MLflow allows."""
-        now = int(time.time() * 1000)
+        now = _now_ms()
         metrics = [
-            Metric(name, float(value), now, step)
+            Point(name=name, value=float(value), timestamp_ms=now, step=step)
             for step, values in points
             for name, value in values.items()
             if value is not None
@@ -131,7 +166,12 @@ class Tracker:
             return
         zero_ms = time.time() * 1000 - times_s[-1] * 1000
         metrics = [
-            Metric(metric_name(name), float(value), int(zero_ms + time_s * 1000), step)
+            Point(
+                name=metric_name(name),
+                value=float(value),
+                timestamp_ms=int(zero_ms + time_s * 1000),
+                step=step,
+            )
             for name, values in columns.items()
             for step, (time_s, value) in enumerate(zip(times_s, values, strict=True))
             if not math.isnan(value)
@@ -144,8 +184,7 @@ class Tracker:
 
     def rename(self, run_id: str, name: str) -> None:
         """Gives a run another name."""
-        with self._translated(f"rename run {run_id}"):
-            self._client.update_run(run_id, name=name)
+        self._write(Write(run_id=run_id, name=name))
 
     def describe(self, run_id: str, markdown: str) -> None:
         """Sets the description that MLflow shows on top of the run's page."""
@@ -157,7 +196,7 @@ class Tracker:
         The handles are kept in the run's ``files.json``, so that a later process knows their digests.
         """
         with self._lock:
-            self._run_files.attach(run_id, {path: local for path, (_, local) in files.items()})
+            self._write(Write(run_id=run_id, files={path: local for path, (_, local) in files.items()}))
             handles = self._run_files.handles(run_id) | {path: handle for path, (handle, _) in files.items()}
             self.log_json(run_id, FILES_PATH, self._run_files.remember(run_id, handles))
 
@@ -170,17 +209,39 @@ class Tracker:
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / "text"
             local.write_text(text)
-            self._run_files.attach(run_id, {path: local})
+            self._write(Write(run_id=run_id, files={path: local}))
 
     def finish(self, run_id: str, status: Status) -> None:
         """Ends a run as FINISHED, FAILED or KILLED."""
-        with self._translated(f"end run {run_id}"):
-            self._client.set_terminated(run_id, status)
+        self._write(Write(run_id=run_id, status=status, ended_ms=_now_ms()))
+
+    def replay(self, wait_s: float = HANDOVER_S) -> bool:
+        """Hands over what was spooled, waiting ``wait_s`` for MLflow. False when it is still away."""
+        deadline = time.monotonic() + wait_s
+        while self._spool.waiting and not self._replay_now():
+            if time.monotonic() >= deadline:
+                logger.warning(
+                    "MLflow at %s is away. %d writes wait in %s; the next run hands them over, or: jetway replay",
+                    without_password(self.uri), self._spool.waiting, self._spool.folder,
+                )  # fmt: skip
+                return False
+            time.sleep(POLL_S)
+        return True
+
+    def replay_left(self) -> int:
+        """Hands over what dead processes of this home left for this MLflow. Returns how many writes that were."""
+        done = 0
+        for left in left_spools():
+            if left.uri == without_password(self.uri):
+                left.replay(self._send)
+                done += len(left)
+            else:
+                logger.warning("%d writes for MLflow at %s wait in %s", len(left), left.uri, left.folder)
+        return done
 
     def run(self, run_id: str) -> RunRecord:
         """The run of this id."""
-        with self._translated(f"read run {run_id}"):
-            return self._record(self._client.get_run(run_id))
+        return self._ask(f"read run {run_id}", lambda: self._record(self._client.get_run(run_id)))
 
     def find_run(self, id_or_prefix: str) -> RunRecord:
         """The pipeline run whose id starts with the text, or whose name it is; ``latest`` is the newest.
@@ -221,28 +282,15 @@ class Tracker:
 
     def search(self, query: str, *, experiment: str | None = None, limit: int = 10_000) -> list[RunRecord]:
         """Runs that fit an MLflow search string, newest first; in all experiments unless one is named."""
-        with self._translated("search runs"):
-            experiments = self._experiment_ids(experiment)
-            runs: list[Run] = []
-            token: str | None = None
-            while experiments and len(runs) < limit:
-                page = self._client.search_runs(
-                    experiments, query, max_results=min(limit - len(runs), 1000),
-                    order_by=["attributes.start_time DESC"], page_token=token,
-                )  # fmt: skip
-                runs += page
-                token = page.token
-                if not token:
-                    break
-            return [self._record(run) for run in runs]
+        return self._ask("search runs", lambda: self._search(query, experiment, limit))
 
     def has_file(self, run_id: str, path: str) -> bool:
         """Whether a file of this path is attached to the run."""
-        return self._run_files.has(run_id, path)
+        return self._ask(f"list the files of run {run_id}", lambda: self._run_files.has(run_id, path))
 
     def load_file(self, run_id: str, path: str, folder: Path) -> Path:
         """Brings an attached file into ``folder`` and returns where it is; a local one stays in its place."""
-        return self._run_files.fetch(run_id, path, folder)
+        return self._ask(f"fetch {path}", lambda: self._run_files.fetch(run_id, path, folder))
 
     def load_json(self, run_id: str, path: str) -> Any:
         """An attached JSON document."""
@@ -258,16 +306,20 @@ class Tracker:
     def files(self, run_id: str) -> dict[str, Handle]:
         """Handles of what ``log_files`` attached, by path."""
         with self._lock:
-            return self._run_files.handles(run_id)
+            return self._ask(f"read {FILES_PATH}", lambda: self._run_files.handles(run_id))
 
     def page_of(self, run_id: str, path: str) -> str:
         """Where MLflow's pages show an attached file, as a link from any of them: they have one address."""
-        with self._translated(f"read run {run_id}"):
-            experiment_id = self._client.get_run(run_id).info.experiment_id
+        experiment = self._started[run_id] if run_id in self._started else self.run(run_id).experiment
+        experiment_id = self._ask(f"read experiment {experiment}", lambda: self._experiment_id(experiment))
         return f"#/experiments/{experiment_id}/runs/{run_id}/artifacts/{quote(path)}"
 
     def reap(self) -> list[str]:
-        """Marks as KILLED what processes of this machine left RUNNING when they died. Returns the run ids."""
+        """Marks as KILLED what processes of this machine left RUNNING when they died. Returns the run ids.
+
+        What they spooled is handed over first, as the end of a run may be among it.
+        """
+        self.replay_left()
         query = f"attributes.status = 'RUNNING' AND tags.`{HOST_TAG}` = '{environment.host_id()}'"
         dead = [run.run_id for run in self.search(query) if not _owner_alive(run)]
         for run_id in dead:
@@ -276,16 +328,15 @@ class Tracker:
 
     def delete_run(self, run_id: str) -> None:
         """Deletes a run's record; its files stay where they are."""
-        with self._translated(f"delete run {run_id}"):
-            self._client.delete_run(run_id)
+        self._ask(f"delete run {run_id}", lambda: self._client.delete_run(run_id))
 
     def local_folder(self, run_id: str) -> Path | None:
         """Folder of a run's files where that is on this machine, and no server stands before it."""
-        return self._run_files.local_folder(run_id)
+        return self._ask(f"read run {run_id}", lambda: self._run_files.local_folder(run_id))
 
     @cached_property
     def _client(self) -> MlflowClient:
-        with self._lock, self._translated("open"):
+        with self._lock, translated(self.uri, "open"):
             return open_client(self.uri)
 
     @cached_property
@@ -299,36 +350,183 @@ class Tracker:
         params: Mapping[str, Any] | None,
         tags: Mapping[str, str],
         name: str | None,
+        *,
+        unless: str | None = None,
     ) -> str:
+        token = uuid.uuid4().hex
         owner = {
             KIND_TAG: kind,
             HOST_TAG: environment.host_id(),
             BOOT_TAG: environment.boot_id(),
             PROCESS_TAG: environment.process_id(),
+            TOKEN_TAG: token,
         }
-        with self._translated(f"start a run of {experiment}"):
-            experiment_id = self._experiment_id(experiment)
-            run = self._client.create_run(experiment_id, tags={**owner, **short_tags(tags)}, run_name=name)
-        self.log_params(run.info.run_id, params or {})
+        new = NewRun(
+            token=token,
+            experiment=experiment,
+            name=name,
+            tags={**owner, **short_tags(tags)},
+            started_ms=_now_ms(),
+            unless=unless,
+        )
+        run_id = self._start(new, may_wait=kind != "pipeline")
+        self._started[run_id] = experiment
+        self._run_files.remember(run_id, {})
+        self.log_params(run_id, params or {})
+        return run_id
+
+    def _start(self, new: NewRun, *, may_wait: bool) -> str:
+        """Makes the run, or where it ``may_wait`` spools it; then its token stands for it."""
+        if may_wait and self._must_spool():
+            self._spool.append(new)
+            return new.token
+        tries = iter([self._make_run])
+        try:
+            return self._ask(
+                f"start a run of {new.experiment}",
+                lambda: next(tries, self._find_or_make_run)(new),
+                self._run_patience_s,
+            )
+        except TrackingUnreachableError:
+            if not may_wait:
+                raise
+            self._spool.append(new)
+            return new.token
+
+    def _find_or_make_run(self, new: NewRun) -> str:
+        """For another try: the server may have made the run and died before it said so."""
+        made = self._search(f"tags.`{TOKEN_TAG}` = '{new.token}'", new.experiment, 1)
+        return made[0].run_id if made else self._make_run(new)
+
+    def _make_run(self, new: NewRun) -> str:
+        experiment_id = self._experiment_id(new.experiment)
+        run = self._client.create_run(
+            experiment_id, start_time=new.started_ms, tags=new.tags, run_name=new.name
+        )
         return str(run.info.run_id)
 
     def _log(
         self,
         run_id: str,
         *,
-        metrics: Sequence[Metric] = (),
+        metrics: Sequence[Point] = (),
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        param_list = [Param(key, short_text(value)) for key, value in (params or {}).items()]
-        tag_list = [RunTag(key, value) for key, value in short_tags(tags or {}).items()]
-        with self._translated(f"log to run {run_id}"):
-            while metrics or param_list or tag_list:
-                self._client.log_batch(
-                    run_id, metrics[:METRICS_A_BATCH], param_list[:PARAMS_A_BATCH], tag_list[:TAGS_A_BATCH]
-                )
-                metrics = metrics[METRICS_A_BATCH:]
-                param_list, tag_list = param_list[PARAMS_A_BATCH:], tag_list[TAGS_A_BATCH:]
+        texts = {key: short_text(value) for key, value in (params or {}).items()}
+        self._write(Write(run_id=run_id, metrics=tuple(metrics), params=texts, tags=short_tags(tags or {})))
+
+    def _write(self, write: Write) -> None:
+        """Tells MLflow, or the spool while MLflow is away; what is spooled goes before what comes later."""
+        ours = write.run_id in self._started
+        if ours and self._must_spool():
+            self._spool.append(write)
+            return
+        try:
+            self._ask(f"write to run {write.run_id}", lambda: self._apply(write))
+        except TrackingUnreachableError:
+            if not ours:
+                raise
+            logger.warning("MLflow at %s is away: this run's writes are spooled", without_password(self.uri))
+            self._spool.append(write)
+
+    def _must_spool(self) -> bool:
+        """Whether something is spooled already and cannot be handed over now."""
+        if not self._spool.waiting:
+            return False
+        if time.monotonic() - self._looked_s < LOOK_S:
+            return True
+        return not self._replay_now()
+
+    def _replay_now(self) -> bool:
+        self._looked_s = time.monotonic()
+        if not answers(self.uri):
+            return False
+        try:
+            self._spool.replay(self._send)
+        except TrackingUnreachableError:
+            return False
+        return True
+
+    def _send(self, line: Line) -> bool:
+        """Hands over a line of a spool. False when MLflow refuses it, which no later try would change."""
+        try:
+            with translated(self.uri, "take what was spooled"):
+                if isinstance(line, Write):
+                    self._apply(line)
+                elif line.unless and self._search(line.unless, line.experiment, 1):
+                    self._made[line.token] = None
+                else:
+                    self._made[line.token] = self._find_or_make_run(line)
+        except TrackingUnreachableError:
+            raise
+        except TrackingError as exc:
+            logger.warning("%s", exc)
+            return False
+        return True
+
+    def _apply(self, write: Write) -> None:
+        run_id = self._made.get(write.run_id, write.run_id)
+        if run_id is None:
+            return
+        self._log_batches(run_id, write)
+        if write.files:
+            self._run_files.attach(run_id, write.files)
+        if write.name is not None:
+            self._client.update_run(run_id, name=write.name)
+        if write.status is not None:
+            self._client.set_terminated(run_id, write.status, write.ended_ms)
+
+    def _log_batches(self, run_id: str, write: Write) -> None:
+        metrics = [Metric(point.name, point.value, point.timestamp_ms, point.step) for point in write.metrics]
+        params = [Param(key, value) for key, value in write.params.items()]
+        tags = [RunTag(key, value) for key, value in write.tags.items()]
+        while metrics or params or tags:
+            self._client.log_batch(
+                run_id, metrics[:METRICS_A_BATCH], params[:PARAMS_A_BATCH], tags[:TAGS_A_BATCH]
+            )
+            metrics = metrics[METRICS_A_BATCH:]
+            params, tags = params[PARAMS_A_BATCH:], tags[TAGS_A_BATCH:]
+
+    def _ask(self, what: str, call: Callable[[], Answer], patience_s: float | None = None) -> Answer:
+        """Calls MLflow, again and again while it is away; a run has more patience than a command."""
+        if patience_s is None:
+            patience_s = self._run_patience_s if self._started else PATIENCE_S
+        while True:
+            try:
+                with translated(self.uri, what):
+                    answer = call()
+            except TrackingUnreachableError:
+                if not self._keep_waiting(patience_s):
+                    raise
+                time.sleep(POLL_S)
+            else:
+                self._away_since_s = None
+                return answer
+
+    def _keep_waiting(self, patience_s: float) -> bool:
+        """Patience counts from when MLflow was first missed, not from each call."""
+        if self._away_since_s is None:
+            self._away_since_s = time.monotonic()
+            logger.warning(
+                "MLflow at %s does not answer; waiting up to %.0f s", without_password(self.uri), patience_s
+            )
+        return time.monotonic() - self._away_since_s < patience_s
+
+    def _search(self, query: str, experiment: str | None, limit: int) -> list[RunRecord]:
+        experiments = self._experiment_ids(experiment)
+        runs: list[Run] = []
+        token: str | None = None
+        while experiments and len(runs) < limit:
+            page = self._client.search_runs(
+                experiments, query, max_results=min(limit - len(runs), 1000),
+                order_by=["attributes.start_time DESC"], page_token=token,
+            )  # fmt: skip
+            runs += page
+            token = page.token
+            if not token:
+                break
+        return [self._record(run) for run in runs]
 
     def _experiment_id(self, name: str) -> str:
         with self._lock:
@@ -343,7 +541,13 @@ class Tracker:
             if found is not None:
                 return str(found.experiment_id)
             location = artifact_location(self.uri)
-            return str(client.create_experiment(name, location, tags=MODEL_TRAINING))
+            try:
+                return str(client.create_experiment(name, location, tags=MODEL_TRAINING))
+            except MlflowException as exc:
+                found = client.get_experiment_by_name(name)
+                if exc.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+                    raise
+                return str(found.experiment_id)
 
     def _experiment_ids(self, name: str | None) -> list[str]:
         if name is None:
@@ -372,8 +576,9 @@ class Tracker:
                 return name
             return names[experiment_id]
 
-    def _translated(self, what: str) -> AbstractContextManager[None]:
-        return translated(self.uri, what)
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
 
 
 def _owner_alive(run: RunRecord) -> bool:

@@ -27,6 +27,8 @@ KIND_TAG = "jetway.kind"
 HOST_TAG = "jetway.host"
 BOOT_TAG = "jetway.boot_id"
 PROCESS_TAG = "jetway.pid"
+#: Tells a run that was made from one that is still to be made.
+TOKEN_TAG = "jetway.token"
 PARENT_TAG = "mlflow.parentRunId"
 NOTE_TAG = "mlflow.note.content"
 

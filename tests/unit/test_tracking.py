@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -16,10 +17,11 @@ import pytest
 from jetway.configs.schema import QatConfig
 from jetway.tasks import environment
 from jetway.tasks.artifacts import Checkpoint, Report, StageOutput, json_sha256
-from jetway.tasks.errors import TrackingError
+from jetway.tasks.errors import TrackingError, TrackingUnreachableError
 from jetway.tasks.store import Store
 from jetway.tasks.tracking.connection import translated, without_password
 from jetway.tasks.tracking.index import MlflowStageIndex, used_keys
+from jetway.tasks.tracking.spool import Line, Point, Spool, Write, left_spools
 from jetway.tasks.tracking.tracker import Tracker
 from jetway.tasks.tracking.values import BOOT_TAG, NOTE_TAG, PARAM_CHARACTERS, flat_params, short_text
 
@@ -355,7 +357,9 @@ def test_index_finds_nothing_when_the_artifact_is_bad(
 
 
 def test_index_counts_an_entry_only_when_it_is_finished(tracker: Tracker, tmp_path: Path) -> None:
-    run_id = tracker.start_stage("jetway-stages", "prune", {"jetway.stage": "prune", "jetway.stage_key": KEY})
+    run_id = tracker.start_stage(
+        "jetway-stages", "prune", {"jetway.stage": "prune", "jetway.stage_key": KEY}, unless=""
+    )
     assert make_index(tracker, tmp_path).find(KEY) is None
     tracker.finish(run_id, "KILLED")
     assert make_index(tracker, tmp_path).find(KEY) is None
@@ -380,3 +384,48 @@ def test_index_keeps_the_kind_of_each_file(tracker: Tracker, tmp_path: Path) -> 
     assert found is not None
     assert isinstance(found.handle, Checkpoint)
     assert isinstance(found.files["notes.json"], Report)
+
+
+def test_a_spool_of_a_dead_process_is_read_up_to_its_torn_end(home: Path, tmp_path: Path) -> None:
+    spool = Spool("http://mlflow")
+    (tmp_path / "table").write_text("rows")
+    spool.append(Write(run_id="1", metrics=(Point(name="top1", value=math.nan, timestamp_ms=1, step=0),)))
+    spool.append(Write(run_id="2", files={"table.md": tmp_path / "table"}))
+    assert list(left_spools()) == [], "its process lives"
+    folder = spool.folder
+    assert spool._file is not None
+    spool._file.close()
+    with (folder / "writes.jsonl").open("ab") as file:
+        file.write(b'{"run_id": "3", "metr')
+    (left,) = left_spools()
+    sent: list[Line] = []
+    left.replay(lambda line: not sent.append(line))  # type: ignore[func-returns-value]
+    first, second = sent
+    assert isinstance(first, Write)
+    assert isinstance(second, Write)
+    assert math.isnan(first.metrics[0].value)
+    assert [second.run_id, *second.files] == ["2", "table.md"]
+    assert not folder.exists()
+
+
+def test_a_handover_goes_on_where_it_broke_off(home: Path) -> None:
+    spool = Spool("http://mlflow")
+    for number in range(3):
+        spool.append(Write(run_id=str(number), name="x"))
+    sent: list[str] = []
+
+    def send(line: Line) -> bool:
+        assert isinstance(line, Write)
+        if line.run_id == "1" and len(sent) == 1:
+            sent.append("broken")
+            raise TrackingUnreachableError("away")
+        sent.append(line.run_id)
+        return True
+
+    with pytest.raises(TrackingUnreachableError):
+        spool.replay(send)
+    assert spool.waiting == 2
+    spool.replay(send)
+    assert sent == ["0", "broken", "1", "2"]
+    assert spool.waiting == 0
+    assert not spool.folder.exists()
