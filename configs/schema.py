@@ -315,6 +315,13 @@ class VerifyConfig(StageSection):
     fp16_atol: float = Field(default=0.01, ge=0, description="atol for fp16 variants.")
     bf16_atol: float = Field(default=0.05, ge=0, description="atol for bf16 variants.")
     int8_atol: float = Field(default=0.10, ge=0, description="atol for int8 variants.")
+    int8_outliers: float = Field(
+        default=1e-3,
+        ge=0,
+        lt=1,
+        description="Share of an output's values that may be further off in int8 variants: where a sum lies between "
+        "two steps, PyTorch and an engine may round it apart, and what is computed of it differs by that step.",
+    )
     argmax_agreement: Annotated[float, Field(ge=0, le=1)] | None = Field(
         default=None,
         description="Least share of samples whose argmax agrees; leave out where argmax means nothing.",

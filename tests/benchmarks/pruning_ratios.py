@@ -8,6 +8,8 @@ Every seed trains a baseline, prunes it both ways, fine-tunes both alike and sco
 import argparse
 import statistics
 import tempfile
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from jetway.configs.load import load_recipe
@@ -29,13 +31,15 @@ def main():
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--processes", type=int, default=1, help="seeds at a time, each in a process")
     arguments = parser.parse_args()
     recipe, path = load_recipe(arguments.recipe, arguments.overrides)
-    gains = []
-    print("| seed | baseline | ratios | MACs | pruned | fine-tuned |\n| --: | --: | :-- | --: | --: | --: |")
-    for seed in range(arguments.seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            gains.append(compare(recipe, path, seed, Path(folder)))
+    print(
+        "| seed | baseline | ratios | MACs | pruned | fine-tuned |\n| --: | --: | :-- | --: | --: | --: |",
+        flush=True,
+    )
+    with get_context("spawn").Pool(arguments.processes) as pool:
+        gains = pool.map(partial(compare, recipe, path), range(arguments.seeds), chunksize=1)
     mean = statistics.mean(gains)
     spread = (
         T_95.get(len(gains), 2.0) * statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
@@ -43,7 +47,12 @@ def main():
     print(f"\nauto less uniform, fine-tuned: {mean:+.4f} ± {spread:.4f} (95 %, {len(gains)} seeds)")
 
 
-def compare(recipe, path, seed, folder):
+def compare(recipe, path, seed):
+    with tempfile.TemporaryDirectory() as folder:
+        return compare_in(Path(folder), recipe, path, seed)
+
+
+def compare_in(folder, recipe, path, seed):
     """Gain of automatic ratios in the primary metric after fine-tuning; prints a row for each way."""
     workload = load_workload(recipe.workload, search_path=[Path.cwd(), path.parent])
     context = StageContext(workload, Store(folder / "store"), seed=seed, threads=1, work_dir=folder / "work")

@@ -159,6 +159,19 @@ def test_compare_outputs_minds_values_that_are_not_finite(value):
     assert compare([[1.0, 0.0]], [[1.0, value]]).excess > 1
 
 
+def test_compare_outputs_passes_over_a_share_of_outliers_unless_they_are_not_finite():
+    expected, actual = np.ones((1, 1000)), np.ones((1, 1000))
+    actual[0, :3] = 9.0, 5.0, 1.05
+    limits = Limits(0.1, 0.0, None, outliers=0.002)
+    assert compare_outputs("y", expected, actual, limits, with_argmax=False).excess == pytest.approx(0.5)
+    limits = Limits(0.1, 0.0, None, outliers=0.001)
+    worst = compare_outputs("y", expected, actual, limits, with_argmax=False)
+    assert (worst.excess, worst.worst_index, worst.max_abs_error) == (pytest.approx(40.0), (0, 1), 8.0)
+    actual[0, 0] = np.nan
+    limits = Limits(0.1, 0.0, None, outliers=0.002)
+    assert compare_outputs("y", expected, actual, limits, with_argmax=False).excess == np.inf
+
+
 def test_compare_outputs_accepts_no_error_where_none_is_allowed():
     assert compare([[0.0, 0.0]], [[0.0, 0.0]]).excess == 0
     assert compare([[0.0, 0.0]], [[0.0, 1e-9]]).excess > 1
