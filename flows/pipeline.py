@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import yaml
+from prefect.runtime import flow_run
 from pydantic import BaseModel
 
 from jetway.configs.load import load_recipe, load_targets
 from jetway.configs.schema import Recipe, Stage, Target, Variant
+from jetway.flows.zombies import FLOW_RUN_TAG, end_zombies
 from jetway.tasks import environment
 from jetway.tasks.artifacts import Handle, StageOutput
 from jetway.tasks.cascade import check_cascade
@@ -81,12 +83,14 @@ class Pipeline:
     def start(self) -> None:
         """Starts the MLflow run. Until here nothing has been written anywhere."""
         tags = {"target": ", ".join(target.name for target in self.targets)}
+        if flow_run_id := flow_run.get_id():
+            tags[FLOW_RUN_TAG] = flow_run_id
         name = f"{self.recipe.name} {datetime.now():%Y-%m-%d %H:%M:%S}"
         host = {"host.threads": self.context.threads, "host.device": self.context.device}
         params = flat_params(self.recipe) | host
         self.run_id = self.tracker.start_run(self.recipe.name, params, tags, run_name=name)
         self.observer.on_start(self.run_id)
-        self.tracker.reap()
+        end_zombies(self.tracker)
         self.context.index = MlflowStageIndex(self.tracker, self.context.store, run_id=self.run_id)
         self.tracker.log_text(self.run_id, "recipe.yaml", yaml_of(self.recipe))
         self.tracker.log_json(self.run_id, "environment.json", environment.describe_environment())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from httpx import HTTPError
 from prefect.exceptions import PrefectException
 
 from jetway.configs.load import load_recipe, load_targets
@@ -16,7 +18,7 @@ from jetway.flows.check import check_recipe_fits
 from jetway.flows.deploy import deploy
 from jetway.flows.failure import Failure
 from jetway.flows.pipeline import OBSERVER, Observer, make_context
-from jetway.flows.record import REPORT_PATH, RunResult
+from jetway.flows.record import REPORT_PATH, RESULT_PATH, RunResult
 from jetway.flows.server import Server, prefect_settings
 from jetway.flows.show import print_result
 from jetway.flows.terminal import Terminal
@@ -26,6 +28,8 @@ from jetway.tasks.table import run_json
 from jetway.tasks.target.jobs import interrupt_jobs
 from jetway.tasks.tracking.tracker import Tracker
 from jetway.tasks.workload import check_workload
+
+logger = logging.getLogger("jetway")
 
 #: What is told of a bug of ours; its traceback follows.
 UNEXPECTED = Failure("FAILED", JetwayError.exit_code, "unexpected: the traceback on stderr says more")
@@ -129,11 +133,28 @@ def call_flow(server: Server, recipe: str, targets: list[str] | None, overrides:
     try:
         with prefect_settings(server):
             return deploy(recipe, targets, overrides)
-    except PrefectException as exc:
-        raise TrackingError(
-            f"Prefect at {server.api_url} failed: {type(exc).__name__}: {exc}. Check that server; "
-            "finished stages are kept, and the same command goes on from them."
-        ) from exc
+    except (PrefectException, HTTPError) as exc:
+        result = recorded_result(run_id=current_run_id())
+        if result is None:
+            raise TrackingError(
+                f"Prefect at {server.api_url} failed: {type(exc).__name__}: {exc}. Check that server; "
+                "finished stages are kept, and the same command goes on from them."
+            ) from exc
+        logger.warning("Prefect at %s was not told that the run finished (%s); the next run tells it",
+                       server.api_url, exc)  # fmt: skip
+        return result
+
+
+def current_run_id() -> str:
+    observer = OBSERVER.get()
+    return observer.run_id if observer else ""
+
+
+def recorded_result(run_id: str) -> RunResult | None:
+    """What a flow returned that finished, though Prefect could not be told."""
+    if not run_id or Tracker().run(run_id).status != "FINISHED":
+        return None
+    return RunResult.model_validate(Tracker().load_json(run_id, RESULT_PATH))
 
 
 def busy_s(stages: Iterable[FinishedStage]) -> float:

@@ -5,7 +5,10 @@ up after a ``kill -9``, a reboot or a reused pid:
 
 - ``server.lock``   held by the server as long as it runs; ``server.json`` then names its pid and port
 - ``clients.lock``  shared by every flow that uses the server; the server ends when it has been free for long
-- ``start.lock``    held while a flow looks for a server and starts one
+- ``start.lock``    held while a flow looks for a server and starts one, and while one is stopped
+
+A server that dies under a flow is started again at the same port by the flow, which Prefect's client, with its
+own retries, hardly notices.
 
 ``server_process.py`` is what runs. Prefect, seconds to import, is imported here only when a flow is about to
 run, so that the server starts up meanwhile.
@@ -13,6 +16,7 @@ run, so that the server starts up meanwhile.
 
 from __future__ import annotations
 
+import contextvars
 import fcntl
 import json
 import logging
@@ -21,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -41,6 +46,9 @@ STOP_TIMEOUT_S = 10.0
 POLL_S = 0.1
 DRAIN_TIMEOUT_S = 10.0
 QUEUE_TIMEOUT_S = 10.0
+# Prefect's client waits 2, 4, 8 … seconds between its tries: two minutes in all.
+RETRIES = 6
+KEEP_POLL_S = 0.5
 # The shortest lease that Prefect grants.
 LEASE_S = 60.0
 
@@ -98,7 +106,23 @@ class Server:
         with (self._folder / "start.lock").open("a") as start:
             fcntl.flock(start, fcntl.LOCK_EX)
             if not _locked(self._folder / "clients.lock", exclusive=True):
-                stop_server(home=self._folder.parent)
+                _stop(self._folder)
+
+    @contextmanager
+    def kept_alive(self) -> Iterator[None]:
+        """A server of ours that dies meanwhile is started again where it was; one that was stopped is not."""
+        if self._folder is None:
+            yield
+            return
+        done = threading.Event()
+        context = contextvars.copy_context()  # where its warnings go
+        keeper = threading.Thread(target=context.run, args=(_keep, self._folder, done), daemon=True)
+        keeper.start()
+        try:
+            yield
+        finally:
+            done.set()
+            keeper.join()
 
     def __enter__(self) -> Server:
         return self
@@ -141,7 +165,15 @@ def start_server(*, idle_s: float = IDLE_S, home: Path | None = None) -> Server:
 def stop_server(*, home: Path | None = None) -> bool:
     """Ends the server of this home, and waits until it is gone. Returns whether there was one."""
     folder = _folder(home)
-    if not (folder / "server.lock").exists() or not _locked(folder / "server.lock"):
+    if not (folder / "server.lock").exists():
+        return False
+    with (folder / "start.lock").open("a") as start:
+        fcntl.flock(start, fcntl.LOCK_EX)
+        return _stop(folder)
+
+
+def _stop(folder: Path) -> bool:
+    if not _locked(folder / "server.lock"):
         return False
     pid = int(_read_state(folder)["pid"])
     for sign in (signal.SIGTERM, signal.SIGKILL):
@@ -175,6 +207,7 @@ def prefect_settings(server: Server) -> Iterator[None]:
     from prefect.logging.handlers import APILogHandler
     from prefect.settings import (
         PREFECT_API_URL,
+        PREFECT_CLIENT_MAX_RETRIES,
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
         PREFECT_HOME,
         PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW,
@@ -185,11 +218,12 @@ def prefect_settings(server: Server) -> Iterator[None]:
         PREFECT_API_URL: server.api_url,
         PREFECT_HOME: os.environ.get("PREFECT_HOME", str(_folder(None))),
         PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore",
+        PREFECT_CLIENT_MAX_RETRIES: RETRIES,
         # The heartbeat's thread is joined at the end of every flow, which costs a second.
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
     }
     level, to_run = logger.level, APILogHandler()
-    with temporary_settings(settings), _quiet_console():
+    with temporary_settings(settings), _quiet_console(), server.kept_alive():
         try:
             logger.setLevel(logging.INFO)
             logger.addHandler(to_run)
@@ -207,19 +241,26 @@ def queue_for(target: str, *, timeout_s: float = QUEUE_TIMEOUT_S) -> Iterator[No
     A courtesy that the Prefect UI shows. A flow killed with -9 keeps its slot for a minute, and flows of
     other servers are not seen, so the lease on the target decides, and nothing here stops a run.
     """
+    from httpx import HTTPError
     from prefect.client.orchestration import get_client
     from prefect.concurrency.sync import concurrency
 
-    limit = f"jetway-{target}"
-    with ExitStack() as stack:
-        try:
-            with get_client(sync_client=True) as client:
-                client.upsert_global_concurrency_limit_by_name(limit, 1)
-            slot = concurrency(limit, timeout_seconds=timeout_s, lease_duration=LEASE_S, strict=False)
-            stack.enter_context(slot)
-        except TimeoutError:
-            logger.info("%s: the slot stays taken; its own lease decides", target)
+    limit, slot = f"jetway-{target}", ExitStack()
+    try:
+        with get_client(sync_client=True) as client:
+            client.upsert_global_concurrency_limit_by_name(limit, 1)
+        slot.enter_context(
+            concurrency(limit, timeout_seconds=timeout_s, lease_duration=LEASE_S, strict=False)
+        )
+    except TimeoutError:
+        logger.info("%s: the slot stays taken; its own lease decides", target)
+    except HTTPError as exc:
+        logger.warning("%s: no queue, as Prefect is away (%s); its own lease decides", target, exc)
+    try:
         yield
+    finally:
+        with suppress(HTTPError):  # a slot that cannot be given back frees itself
+            slot.close()
 
 
 @contextmanager
@@ -262,11 +303,23 @@ def _prepare(home: Path | None) -> Path:
     return folder
 
 
-def _spawn(folder: Path, idle_s: float) -> None:
+def _keep(folder: Path, done: threading.Event) -> None:
+    while not done.wait(KEEP_POLL_S):
+        if _locked(folder / "server.lock"):
+            continue
+        with (folder / "start.lock").open("a") as start:
+            fcntl.flock(start, fcntl.LOCK_EX)
+            if (folder / "server.json").exists() and not _locked(folder / "server.lock"):
+                logger.warning("the Prefect server died; it is started again")
+                with suppress(OSError):  # the port may still be taken; the next round tries again
+                    _spawn(folder, IDLE_S, _read_state(folder)["port"])
+
+
+def _spawn(folder: Path, idle_s: float, port: int = 0) -> None:
     """Starts the server detached, with its lock and its listening socket already in hand."""
     with (
         (folder / "server.lock").open("a") as lock,
-        socket.create_server(("127.0.0.1", 0), backlog=128) as listener,
+        socket.create_server(("127.0.0.1", port), backlog=128) as listener,
         (folder / "server.log").open("w") as log,
     ):
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -321,10 +321,14 @@ class Tracker:
         """
         self.replay_left()
         query = f"attributes.status = 'RUNNING' AND tags.`{HOST_TAG}` = '{environment.host_id()}'"
-        dead = [run.run_id for run in self.search(query) if not _owner_alive(run)]
+        dead = [run.run_id for run in self.search(query) if self.is_abandoned(run)]
         for run_id in dead:
             self.finish(run_id, "KILLED")
         return dead
+
+    def is_abandoned(self, run: RunRecord) -> bool:
+        """Whether the process of a run is gone; False for another machine's, of which nothing is known."""
+        return run.tags.get(HOST_TAG) == environment.host_id() and not _owner_alive(run)
 
     def delete_run(self, run_id: str) -> None:
         """Deletes a run's record; its files stay where they are."""

@@ -1,13 +1,16 @@
 """Runs that are killed or interrupted: what the target is left with, and how the next run goes on."""
 
+import json
 import signal
 import time
+import urllib.request
 
 import pytest
 import torch
 import yaml
 
 from jetway.configs.schema import Target
+from jetway.flows.server import running_server
 from jetway.tasks.on_device import lease
 from jetway.tasks.tracking.tracker import Tracker
 
@@ -74,9 +77,24 @@ def assert_lease_is_free():
         pass
 
 
+def newest_runs(home, count):
+    return Tracker(f"sqlite:///{home / 'mlflow.db'}").pipeline_runs(limit=count)
+
+
 def statuses(home, count):
     """Of the newest runs, newest first."""
-    return [run.status for run in Tracker(f"sqlite:///{home / 'mlflow.db'}").pipeline_runs(limit=count)]
+    return [run.status for run in newest_runs(home, count)]
+
+
+def flow_states(home, count):
+    """The same as Prefect tells them."""
+    api_url = running_server(home=home).api_url
+    runs = [run.tags["prefect.flow_run_id"] for run in newest_runs(home, count)]
+    states = []
+    for flow_run_id in runs:
+        with urllib.request.urlopen(f"{api_url}/flow_runs/{flow_run_id}", timeout=30) as response:
+            states.append(json.load(response)["state_type"])
+    return states
 
 
 # case: (the words on stderr at which the run is killed, its options, the target's grace, host stages done again)
@@ -123,6 +141,7 @@ def test_killed_run_leaves_nothing_and_the_next_one_goes_on(
         assert "epoch 1/" not in first_line, "fine-tuning started over"
     assert job_folders(cli_home) == []
     assert statuses(cli_home, 2) == ["FINISHED", "KILLED"]
+    assert flow_states(cli_home, 2) == ["COMPLETED", "CRASHED"]
 
 
 def over(stage, stderr):

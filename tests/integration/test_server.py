@@ -36,6 +36,31 @@ with start_server() as server:
     with prefect_settings(server):
         print(quiet())
 """
+LOSES_ITS_SERVER = """
+import json, os, sys, time
+from pathlib import Path
+from jetway.flows.server import prefect_settings, queue_for, start_server
+
+with start_server() as server:
+    server.wait_ready()
+    from prefect import flow, task
+    from prefect.runtime import flow_run
+
+    @task(persist_result=False)
+    def double(number):
+        return 2 * number
+
+    @flow(persist_result=False)
+    def interrupted():
+        print(flow_run.get_id(), flush=True)
+        with queue_for("loopback"):
+            state = Path(os.environ["JETWAY_HOME"], "prefect", "server.json")
+            os.kill(json.loads(state.read_text())["pid"], 9)
+            return sum(future.result() for future in [double.submit(n) for n in range(3)])
+
+    with prefect_settings(server):
+        print(interrupted())
+"""
 CLIENT = """
 import sys
 from jetway.flows.server import start_server
@@ -108,6 +133,16 @@ def test_a_flow_prints_nothing_of_prefect_and_keeps_its_log_lines_there(server: 
     with urllib.request.urlopen(request, timeout=30) as response:
         messages = [line["message"] for line in json.load(response)]
     assert {"a line of the flow", "doubling 0", "doubling 1", "doubling 2"} <= set(messages)
+
+
+def test_a_server_that_dies_under_a_flow_is_started_again_and_learns_how_it_ended(server: Server) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOSES_ITS_SERVER], capture_output=True, text=True, timeout=180
+    )
+    flow_run_id, result = done.stdout.split()
+    assert (result, done.returncode) == ("6", 0), done.stderr
+    with urllib.request.urlopen(f"{server.api_url}/flow_runs/{flow_run_id}", timeout=30) as response:
+        assert json.load(response)["state_type"] == "COMPLETED"
 
 
 def test_a_slot_that_stays_taken_does_not_stop_a_run(server: Server) -> None:

@@ -1,0 +1,68 @@
+"""Runs whose process is gone: MLflow and Prefect are told how they ended, by the next run of this home.
+
+A process that is killed tells nobody, and one that outlives its Prefect server cannot tell that. Of runs of
+this machine the process itself is looked up. Of other machines' Prefect knows more: an automation
+(``configs/automations.yaml``) calls a flow run without a heartbeat crashed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from uuid import UUID
+
+from httpx import HTTPError
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import State, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.states import Completed, Crashed, Failed
+
+from jetway.tasks.tracking.tracker import Tracker
+from jetway.tasks.tracking.values import RunRecord
+
+logger = logging.getLogger("jetway")
+
+#: Ties a run in MLflow to its flow run in Prefect.
+FLOW_RUN_TAG = "prefect.flow_run_id"
+FLOW_RUNS_ASKED = 200
+NEWEST = FlowRunSort.START_TIME_DESC
+#: What a flow run must have become whose run ended so in MLflow.
+STATES: dict[str, Callable[..., State]] = {"FINISHED": Completed, "FAILED": Failed, "KILLED": Crashed}
+
+
+def end_zombies(tracker: Tracker) -> None:
+    """Ends what is still called running and is not. A Prefect server that does not answer is left alone."""
+    tracker.reap()
+    try:
+        with get_client(sync_client=True) as client:
+            _tell_prefect(tracker, client)
+            _tell_mlflow(tracker, client)
+    except (HTTPError, PrefectException) as exc:
+        logger.warning("Prefect was not asked for runs whose process is gone: %s", exc)
+
+
+def _tell_prefect(tracker: Tracker, client: SyncPrefectClient) -> None:
+    running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
+    for flow_run in client.read_flow_runs(flow_run_filter=running, sort=NEWEST, limit=FLOW_RUNS_ASKED):
+        found = tracker.search(f"tags.`{FLOW_RUN_TAG}` = '{flow_run.id}'", limit=1)
+        if found and found[0].status in STATES and tracker.is_abandoned(found[0]):
+            state = STATES[found[0].status](message="Its process is gone; so says MLflow of its end.")
+            client.set_flow_run_state(flow_run.id, state, force=True)
+
+
+def _tell_mlflow(tracker: Tracker, client: SyncPrefectClient) -> None:
+    for run in tracker.search("attributes.status = 'RUNNING' AND tags.`jetway.kind` = 'pipeline'"):
+        if FLOW_RUN_TAG in run.tags and _has_crashed(client, run):
+            for one in (*tracker.children(run.run_id), run):
+                if one.status == "RUNNING":
+                    tracker.finish(one.run_id, "KILLED")
+
+
+def _has_crashed(client: SyncPrefectClient, run: RunRecord) -> bool:
+    try:
+        state = client.read_flow_run(UUID(run.tags[FLOW_RUN_TAG])).state
+    except ObjectNotFound:
+        return False
+    return state is not None and (state.is_crashed() or state.is_cancelled())
