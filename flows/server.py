@@ -311,8 +311,9 @@ def _keep(folder: Path, done: threading.Event) -> None:
             fcntl.flock(start, fcntl.LOCK_EX)
             if (folder / "server.json").exists() and not _locked(folder / "server.lock"):
                 logger.warning("the Prefect server died; it is started again")
+                state = _read_state(folder)
                 with suppress(OSError):  # the port may still be taken; the next round tries again
-                    _spawn(folder, IDLE_S, _read_state(folder)["port"])
+                    _spawn(folder, state["idle_s"], state["port"])
 
 
 def _spawn(folder: Path, idle_s: float, port: int = 0) -> None:
@@ -336,7 +337,7 @@ def _spawn(folder: Path, idle_s: float, port: int = 0) -> None:
             pass_fds=(lock.fileno(), listener.fileno()),
         )
         _spawned.append(process)
-        state = {"pid": process.pid, "port": port, "boot_id": boot_id()}
+        state = {"pid": process.pid, "port": port, "idle_s": idle_s, "boot_id": boot_id()}
         (folder / "server.json.part").write_text(json.dumps(state))
         os.replace(folder / "server.json.part", folder / "server.json")
 
