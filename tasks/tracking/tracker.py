@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import tempfile
 import threading
 import time
@@ -37,6 +38,7 @@ from jetway.tasks.tracking.connection import (
     without_password,
 )
 from jetway.tasks.tracking.files import RunFiles
+from jetway.tasks.tracking.registry import Registry
 from jetway.tasks.tracking.spool import Line, NewRun, Point, Spool, Write, left_spools
 from jetway.tasks.tracking.values import (
     BOOT_TAG,
@@ -70,6 +72,9 @@ HANDOVER_S = 60.0
 POLL_S = 1.0
 # How often a run that spools looks whether MLflow is back.
 LOOK_S = 15.0
+
+PIPELINE = f"tags.`{KIND_TAG}` = 'pipeline'"
+_FULL_ID = re.compile("[0-9a-f]{32}")
 
 Answer = TypeVar("Answer")
 
@@ -250,6 +255,8 @@ class Tracker:
         """
         if id_or_prefix == "latest":
             found = self.pipeline_runs(limit=1)
+        elif _FULL_ID.fullmatch(id_or_prefix):
+            found = self.search(f"{PIPELINE} AND attributes.run_id = '{id_or_prefix}'")
         else:
             everything = self.pipeline_runs()
             found = [run for run in everything if run.run_id.startswith(id_or_prefix)]
@@ -274,7 +281,7 @@ class Tracker:
 
     def pipeline_runs(self, *, limit: int = 10_000) -> list[RunRecord]:
         """Parent runs of every recipe, newest first."""
-        return self.search("tags.`jetway.kind` = 'pipeline'", limit=limit)
+        return self.search(PIPELINE, limit=limit)
 
     def children(self, run_id: str) -> list[RunRecord]:
         """The variants' runs of a pipeline run, oldest first."""
@@ -342,6 +349,11 @@ class Tracker:
     def _client(self) -> MlflowClient:
         with self._lock, translated(self.uri, "open"):
             return open_client(self.uri)
+
+    @cached_property
+    def registry(self) -> Registry:
+        """The model registry beside the runs."""
+        return Registry(self._client, self.uri)
 
     @cached_property
     def _run_files(self) -> RunFiles:
