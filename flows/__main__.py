@@ -144,6 +144,36 @@ def compare(options: argparse.Namespace) -> int:
     )
 
 
+def nightly(options: argparse.Namespace) -> int:
+    for name in options.recipes:
+        recipe, path = load_recipe(name, options.set)
+        load_targets(options.target or recipe.targets, near=path)
+        find_workload(recipe.workload, search_path=[Path.cwd(), path.parent])
+    from jetway.flows.server import start_server
+
+    server = start_server()
+    with without_garbage_collection():
+        from jetway.flows.run_nightly import run_nightly
+        from jetway.tasks.nightly import Policy
+
+    return run_nightly(
+        server,
+        options.recipes,
+        options.target,
+        options.set,
+        policy=Policy(options.promote),
+        budget_minutes=options.budget_minutes,
+        as_json=options.json,
+    )
+
+
+def promote(options: argparse.Namespace) -> int:
+    from jetway.flows.promote import promote_run
+
+    promote_run(options.run, options.variant, options.target or ())
+    return 0
+
+
 def report(options: argparse.Namespace) -> int:
     from jetway.flows.report import write_report
 
@@ -232,6 +262,17 @@ def parser() -> argparse.ArgumentParser:
     )
     _compare_arguments(sub)
     _json_argument(sub)
+    sub = command(
+        "nightly", nightly, "say of each recipe on each target whether it got worse than its champion"
+    )
+    _nightly_arguments(sub)
+    _json_argument(sub)
+    sub = command(
+        "promote", promote, "make what a finished run deployed the champion that nights are held against"
+    )
+    sub.add_argument("run", help="MLflow run id or the start of one, or 'latest'")
+    sub.add_argument("--variant", metavar="NAME", help="this one; by default the fastest that missed no gate")
+    sub.add_argument("--target", action="append", metavar="NAME", help="on this one alone; may be repeated")
     sub = command("report", report, "write the HTML report of a finished run")
     sub.add_argument("run", help="MLflow run id or the start of one, or 'latest'")
     sub.add_argument(
@@ -297,8 +338,30 @@ def _compare_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page of it too")
 
 
+def _nightly_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("recipes", nargs="+", metavar="recipe", help="name of a recipe, or its YAML file")
+    _target_arguments(sub)
+    sub.add_argument(
+        "--promote",
+        choices=("never", "on-improvement", "by-hand"),
+        default="on-improvement",
+        help="when a candidate becomes champion; the first one does if it is sound, but with never",
+    )
+    sub.add_argument(
+        "--budget-minutes",
+        type=_minutes,
+        default=10.0,
+        metavar="MINUTES",
+        help="longest that two engines are measured in turns; 10 by default",
+    )
+
+
 def _recipe_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("recipe", help="name of a recipe, or its YAML file")
+    _target_arguments(sub)
+
+
+def _target_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--target", action="append", metavar="NAME", help="instead of the recipe's; may be repeated"
     )

@@ -39,9 +39,10 @@ class CleanReport:
 def clean(keep: int, *, tracker: Tracker | None = None, store: Store | None = None) -> CleanReport:
     """Keeps what the ``keep`` newest pipeline runs of this home need, and what is in use; removes the rest.
 
-    Removed are store files, folders that a killed stage would resume from, orphaned temporary folders, and,
-    in the embedded database, recorded stages and older runs' copies of their large files. A MLflow server of
-    your own may serve others, so nothing there is touched: its recorded stages bring the files back.
+    The runs of champions stay whole too: nights to come are held against them. Removed are store files, folders
+    that a killed stage would resume from, orphaned temporary folders, and, in the embedded database, recorded
+    stages and older runs' copies of their large files. A MLflow server of your own may serve others, so nothing
+    there is touched: its recorded stages bring the files back.
     """
     if keep < 0:
         raise ConfigError(f"clean: --keep is {keep}; give the number of newest runs to keep, 0 or more.")
@@ -56,7 +57,12 @@ class _Cleaning:
         tracker.reap()
         runs = [run for run in tracker.pipeline_runs() if self._ours(run)]
         running = [run for run in runs if run.status == "RUNNING"]
-        self.kept = [run for number, run in enumerate(runs) if number < keep or run in running]
+        champions = {champion.run_id for champion in tracker.registry.champions()}
+        self.kept = [
+            run
+            for number, run in enumerate(runs)
+            if number < keep or run in running or run.run_id in champions
+        ]
         self.older = [run for run in runs if run not in self.kept]
         self.in_use_since_s = _oldest_s(running)
         self.freed_bytes = 0

@@ -60,8 +60,18 @@ class SecondObserver(Observer):
         self.first.on_finish(stage)
 
 
-#: Set by the command line around a flow call.
+#: Set around a flow call by who wants to follow it.
 OBSERVER: ContextVar[Observer | None] = ContextVar("OBSERVER", default=None)
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Flows that the block calls are told to this observer."""
+    token = OBSERVER.set(observer)
+    try:
+        yield
+    finally:
+        OBSERVER.reset(token)
 
 
 class Pipeline:

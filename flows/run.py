@@ -6,8 +6,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 from httpx import HTTPError
@@ -17,7 +16,7 @@ from jetway.configs.load import load_recipe, load_targets
 from jetway.flows.check import check_recipe_fits
 from jetway.flows.deploy import deploy
 from jetway.flows.failure import Failure
-from jetway.flows.pipeline import OBSERVER, Observer, make_context
+from jetway.flows.pipeline import Observer, make_context, observing
 from jetway.flows.record import REPORT_PATH, RESULT_PATH, RunResult
 from jetway.flows.server import Server, prefect_settings
 from jetway.flows.show import print_result
@@ -118,15 +117,6 @@ def check_inputs(server: Server, recipe_name: str, targets: list[str] | None, ov
     except JetwayError:
         server.stop_if_spawned()
         raise
-
-
-@contextmanager
-def observing(observer: Observer) -> Iterator[None]:
-    token = OBSERVER.set(observer)
-    try:
-        yield
-    finally:
-        OBSERVER.reset(token)
 
 
 def call_flow(server: Server, recipe: str, targets: list[str] | None, overrides: list[str]) -> RunResult:

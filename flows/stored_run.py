@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -13,8 +14,8 @@ from jetway.configs.schema import Recipe
 from jetway.flows.pipeline import Observer, make_context
 from jetway.flows.record import RunResult
 from jetway.flows.show import find_result
-from jetway.tasks.artifacts import Engine
-from jetway.tasks.deployment import ENGINE_PATH
+from jetway.tasks.artifacts import Engine, OnnxModel
+from jetway.tasks.deployment import ENGINE_PATH, MODEL_PATH
 from jetway.tasks.errors import WorkloadError
 from jetway.tasks.paired_scores import Scores
 from jetway.tasks.results import VariantResult
@@ -24,12 +25,16 @@ from jetway.tasks.tracking.tracker import Tracker
 
 
 class StoredRun:
-    """Found by its id, the start of one, its name, or ``latest``. Raises TrackingError where there is none."""
+    """Found by its id, the start of one, its name, or ``latest``. Raises TrackingError where there is none.
 
-    def __init__(self, tracker: Tracker, id_or_prefix: str) -> None:
+    ``path`` is the recipe's file where that is known: a workload may lie beside it.
+    """
+
+    def __init__(self, tracker: Tracker, id_or_prefix: str, path: Path | None = None) -> None:
         self.record, document = find_result(tracker, id_or_prefix)
         self.result = RunResult.model_validate(document)
         self.tracker = tracker
+        self.path = path or Path.cwd() / "recipe.yaml"
 
     @property
     def run_id(self) -> str:
@@ -52,7 +57,7 @@ class StoredRun:
 
         Raises ConfigError when that cannot be imported from here.
         """
-        return make_context(self.recipe, Path.cwd() / "recipe.yaml", Observer())
+        return make_context(self.recipe, self.path, Observer())
 
     def summarize(self, records: Sequence[Any]) -> Mapping[str, float]:
         """By the workload's code as it is today. Raises ConfigError or WorkloadError when that cannot be."""
@@ -66,17 +71,29 @@ class StoredRun:
 
     def scores(self, row: VariantResult) -> Scores:
         """The records of a row's engine, and what they were made of."""
-        child = self._child(row)
+        child = self.child(row)
         engine, *inputs = self.tracker.files(child)["records.json"].parents
         return Scores(self.tracker.load_json(child, "records.json"), engine, tuple(inputs))
 
     def engine(self, row: VariantResult) -> Engine:
         """The engine of a row; its metadata says where it lies on its target."""
-        engine = self.tracker.files(self._child(row))[ENGINE_PATH]
+        engine = self.tracker.files(self.child(row))[ENGINE_PATH]
         assert isinstance(engine, Engine)
         return engine
 
-    def _child(self, row: VariantResult) -> str:
+    def model(self, row: VariantResult) -> OnnxModel:
+        """The ONNX file that a row's engine was built from, brought into the store."""
+        model = self.tracker.files(self.child(row))[MODEL_PATH]
+        assert isinstance(model, OnnxModel)
+        store = self.context.store
+        if not store.has(model):
+            with store.scratch() as folder:
+                found = self.tracker.load_file(self.child(row), MODEL_PATH, folder)
+                store.add(OnnxModel, Path(shutil.copyfile(found, folder / "incoming")))
+        return model
+
+    def child(self, row: VariantResult) -> str:
+        """The run of a variant on a target."""
         return self._children[row.variant, row.target]
 
     @cached_property

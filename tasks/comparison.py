@@ -35,6 +35,8 @@ EXACT_METRICS = ("params", "macs", "size_bytes")
 EXACT_MARGIN = 0.01
 #: Why two stored times support no verdict.
 NOT_IN_TURNS = "not measured in turns"
+#: Why there is nothing to measure.
+SAME_ENGINE = "the same engine file"
 EXIT_CODES = {Change.REGRESSED: EXIT_GATE_MISSED, Change.UNKNOWN: EXIT_NO_VERDICT}
 
 
@@ -112,24 +114,45 @@ def compare_rows(
     ``names`` of metrics, networks, files, the median latency and scores are compared. Raises ConfigError for a name
     that no row has.
     """
+    return judge_rows(gather_rows(pairs, task_metrics, summarize, margin=margin, names=names))
+
+
+def gather_rows(
+    pairs: Sequence[RowPair],
+    task_metrics: Sequence[Metric],
+    summarize: Summarize,
+    *,
+    margin: float,
+    names: Sequence[str] = (),
+) -> list[ComparedRow]:
+    """As ``compare_rows``, but with scores that have evidence and no verdict yet."""
     scored = {metric.name: metric for metric in task_metrics}
-    chosen = _chosen(names, (*EXACT_METRICS, "latency_ms_p50", *scored), pairs)
-    table = [_compared(pair, chosen, scored, summarize, margin) for pair in pairs]
+    chosen = _chosen(names, (*EXACT_METRICS, METRIC, *scored), pairs)
+    return [
+        ComparedRow(
+            variant=pair.after.variant,
+            target=pair.after.target,
+            simulated=pair.before.simulated or pair.after.simulated,
+            metrics=tuple(_compared(pair, chosen, scored, summarize, margin)),
+        )
+        for pair in pairs
+    ]
+
+
+def judge_rows(rows: Sequence[ComparedRow]) -> list[ComparedRow]:
+    """The rows with a verdict wherever there is evidence, corrected for all that is judged here together."""
     evidence = {
         (i, one.metric): one.evidence
-        for i, row in enumerate(table)
-        for one in row
+        for i, row in enumerate(rows)
+        for one in row.metrics
         if one.evidence is not None
     }
     verdicts = judge(evidence)
     return [
-        ComparedRow(
-            variant=pair.before.variant,
-            target=pair.before.target,
-            simulated=pair.before.simulated or pair.after.simulated,
-            metrics=tuple(_judged(one, verdicts.get((i, one.metric))) for one in table[i]),
+        row.model_copy(
+            update={"metrics": tuple(_judged(one, verdicts.get((i, one.metric))) for one in row.metrics)}
         )
-        for i, pair in enumerate(pairs)
+        for i, row in enumerate(rows)
     ]
 
 
@@ -137,7 +160,35 @@ def with_turns(
     rows: Sequence[ComparedRow], results: Mapping[tuple[str, str], DuelResult]
 ) -> list[ComparedRow]:
     """The rows with the median latency as it was measured in turns, by variant and target."""
-    return [_with_duel(row, results[row.variant, row.target]) for row in rows]
+    return [with_duel(row, results[row.variant, row.target]) for row in rows]
+
+
+def with_duel(row: ComparedRow, result: DuelResult) -> ComparedRow:
+    """The row with the median latency as a duel found it."""
+    verdict = result.verdict
+    latency = ComparedMetric(
+        metric=METRIC,
+        before=result.p50_ms("champion"),
+        after=result.p50_ms("candidate"),
+        change=verdict.change,
+        reason=verdict.reason,
+        evidence=Evidence.model_validate(verdict.model_dump(include=set(Evidence.model_fields))),
+    )
+    return with_latency(row, latency)
+
+
+def with_same_engine(row: ComparedRow, latency_ms: float | None) -> ComparedRow:
+    """The row where both sides are one engine file on one target, which cannot differ from itself."""
+    same = ComparedMetric(
+        metric=METRIC, before=latency_ms, after=latency_ms, change=Change.SAME, reason=SAME_ENGINE
+    )
+    return with_latency(row, same)
+
+
+def with_latency(row: ComparedRow, latency: ComparedMetric) -> ComparedRow:
+    """The row with this in place of its median latency."""
+    others = [one for one in row.metrics if one.metric != METRIC]
+    return row.model_copy(update={"metrics": (*others, latency)})
 
 
 def differing_params(
@@ -157,20 +208,6 @@ def overall_change(rows: Sequence[ComparedRow]) -> Change:
 def exit_code(change: Change) -> int:
     """1 when something regressed, else 5 when something is UNKNOWN, else 0."""
     return EXIT_CODES.get(change, EXIT_PASSED)
-
-
-def _with_duel(row: ComparedRow, result: DuelResult) -> ComparedRow:
-    verdict = result.verdict
-    latency = ComparedMetric(
-        metric=METRIC,
-        before=result.p50_ms("champion"),
-        after=result.p50_ms("candidate"),
-        change=verdict.change,
-        reason=verdict.reason,
-        evidence=Evidence.model_validate(verdict.model_dump(include=set(Evidence.model_fields))),
-    )
-    others = [one for one in row.metrics if one.metric != METRIC]
-    return row.model_copy(update={"metrics": (*others, latency)})
 
 
 def _chosen(names: Sequence[str], default: Sequence[str], pairs: Sequence[RowPair]) -> list[str]:
@@ -232,7 +269,7 @@ def _score(pair: RowPair, paired: PairedScores, metric: Metric, margin: float) -
     recorded = pair.before.value(metric.name), pair.after.value(metric.name)
     change, reason, evidence = Change.UNKNOWN, paired.why_not, None
     if not reason and paired.same_engine:
-        change, reason = Change.SAME, "the same engine file"
+        change, reason = Change.SAME, SAME_ENGINE
     elif not reason:
         try:
             evidence = paired.evidence(metric, recorded, margin)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jetway.configs.schema import Variant
-from jetway.tasks.artifacts import Engine
+from jetway.tasks.artifacts import Engine, OnnxModel
 from jetway.tasks.errors import TrackingError
 from jetway.tasks.gates import winner
 from jetway.tasks.results import VariantResult
@@ -16,6 +16,7 @@ from jetway.tasks.tracking.values import RunRecord
 from jetway.tasks.workload import Record
 
 ENGINE_PATH = f"engine{Engine.suffix}"
+MODEL_PATH = f"model{OnnxModel.suffix}"
 
 
 @dataclass(frozen=True)

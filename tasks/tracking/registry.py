@@ -50,6 +50,12 @@ class Registry:
             version = found[0].aliases.get(CHAMPION) if found else None
             return _champion(self._client.get_model_version(model, str(version))) if version else None
 
+    def champions(self) -> list[Champion]:
+        """All of them."""
+        with translated(self._uri, "list the registered models"):
+            names = [found.name for found in self._client.search_registered_models(max_results=1000)]
+        return [champion for name in names if (champion := self.champion(name))]
+
     def promote(self, model: str, child_id: str, description: str, tags: Mapping[str, str]) -> Champion:
         """Moves the alias to the run of a variant, whose files become the version's.
 
@@ -80,7 +86,7 @@ class Registry:
         tags = {key: run.data.tags[key] for key in known if key in run.data.tags}
         tags[RUN_TAG] = run.data.tags[PARENT_TAG]
         return self._client.create_model_version(
-            model, run.info.artifact_uri, child_id, tags=tags, await_creation_for=None
+            model, run.info.artifact_uri, child_id, tags=tags, await_creation_for=0
         )
 
 

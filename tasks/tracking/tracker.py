@@ -47,6 +47,7 @@ from jetway.tasks.tracking.values import (
     KIND_TAG,
     METRICS_A_BATCH,
     MODEL_TRAINING,
+    NIGHTS,
     NOTE_TAG,
     PARAMS_A_BATCH,
     PARENT_TAG,
@@ -140,6 +141,14 @@ class Tracker:
         Where it can be made only later, it is not made if a run fits the search string ``unless`` by then.
         """
         return self._create(experiment, "stage", None, tags, stage, unless=unless)
+
+    def start_night(self, name: str, params: Mapping[str, Any]) -> str:
+        """Starts the run of a night, which holds what it says of each recipe and target. Returns its run id."""
+        return self._create(NIGHTS, "nightly", params, {}, name)
+
+    def start_comparison(self, night_id: str, name: str, tags: Mapping[str, str]) -> str:
+        """Starts the run of one recipe on one target in a night. Returns its run id."""
+        return self._create(NIGHTS, "comparison", None, {PARENT_TAG: night_id, **tags}, name)
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         """Logs params; a value MLflow would refuse for its length is cut, with a note of that at its end."""
@@ -317,9 +326,13 @@ class Tracker:
 
     def page_of(self, run_id: str, path: str) -> str:
         """Where MLflow's pages show an attached file, as a link from any of them: they have one address."""
+        return f"{self.page_of_run(run_id)}/artifacts/{quote(path)}"
+
+    def page_of_run(self, run_id: str) -> str:
+        """Where MLflow's pages show a run, as a link from any of them."""
         experiment = self._started[run_id] if run_id in self._started else self.run(run_id).experiment
         experiment_id = self._ask(f"read experiment {experiment}", lambda: self._experiment_id(experiment))
-        return f"#/experiments/{experiment_id}/runs/{run_id}/artifacts/{quote(path)}"
+        return f"#/experiments/{experiment_id}/runs/{run_id}"
 
     def reap(self) -> list[str]:
         """Marks as KILLED what processes of this machine left RUNNING when they died. Returns the run ids.

@@ -32,6 +32,9 @@ TOKEN_TAG = "jetway.token"
 PARENT_TAG = "mlflow.parentRunId"
 NOTE_TAG = "mlflow.note.content"
 
+#: Experiment of the nightly runs, of all recipes.
+NIGHTS = "jetway-nightly"
+
 #: Tags of an experiment whose pages show runs and their metrics, not the traces of a language model.
 MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 

@@ -72,11 +72,9 @@ def add_runs(database, experiment_id, count):
     """Rows of finished pipeline runs with a few figures and tags each, written past MLflow for the time it takes."""
     ids = [f"{index:032x}" for index in range(count)]
     with sqlite3.connect(database) as connection:
-        columns = (
-            "run_uuid, name, experiment_id, start_time, status, lifecycle_stage, source_type, artifact_uri"
-        )
+        columns = "run_uuid, name, experiment_id, start_time, status, lifecycle_stage, artifact_uri, user_id"
         connection.executemany(
-            f"INSERT INTO runs ({columns}) VALUES (?, ?, ?, ?, 'FINISHED', 'active', 'LOCAL', '/nowhere')",
+            f"INSERT INTO runs ({columns}) VALUES (?, ?, ?, ?, 'FINISHED', 'active', '/nowhere', '')",
             [(run_id, f"digits {index}", experiment_id, index) for index, run_id in enumerate(ids)],
         )
         tags = {"jetway.kind": "pipeline", "recipe": "digits", "target": "loopback", "gate": "PASS"}

@@ -1,0 +1,100 @@
+"""A night made known: its record in MLflow, and for each recipe and target a Prefect artifact and event."""
+
+from __future__ import annotations
+
+import re
+
+from prefect.artifacts import create_markdown_artifact
+from prefect.events import emit_event
+
+from jetway.flows.record import SIMULATED, validity_of, worst_gate
+from jetway.tasks.duel import DuelResult
+from jetway.tasks.nightly import NightResult, NightRow, night_figures, night_markdown, row_markdown
+from jetway.tasks.tracking.tracker import Tracker
+
+EVENT_PREFIX = "jetway.verdict."
+PAGE_PATH = "nightly.html"
+RESULT_PATH = "nightly.json"
+
+
+def publish_row(tracker: Tracker, night_id: str, row: NightRow, duel: DuelResult | None) -> None:
+    """What the night says of one recipe on one target, wherever somebody may look for it."""
+    log_row(tracker, night_id, row, duel)
+    create_markdown_artifact(row_markdown(row), key=artifact_key(row), description=row.sentence)
+    emit_verdict(row, night_id)
+
+
+def artifact_key(row: NightRow) -> str:
+    """``nightly-digits-loopback``; Prefect takes small letters, figures and dashes."""
+    return re.sub("[^a-z0-9]+", "-", f"nightly-{row.recipe}-{row.target}".lower()).strip("-")
+
+
+def emit_verdict(row: NightRow, night_id: str) -> None:
+    """``jetway.verdict.regressed`` and its like, whose resource is a recipe on a class of targets."""
+    changes = row.compared.metrics if row.compared else ()
+    emit_event(
+        event=f"{EVENT_PREFIX}{row.status.lower()}",
+        resource={
+            "prefect.resource.id": f"jetway.recipe.{row.recipe}.{row.target_class}",
+            "prefect.resource.name": row.name,
+            "jetway.recipe": row.recipe,
+            "jetway.target": row.target,
+            "jetway.target_class": row.target_class,
+        },
+        payload={
+            "message": row.sentence,
+            "verdicts": {one.metric: str(one.change) for one in changes},
+            "exit_code": row.exit_code,
+            "run_id": row.run_id,
+            "night_run_id": night_id,
+        },
+    )
+
+
+def log_row(tracker: Tracker, night_id: str, row: NightRow, duel: DuelResult | None) -> None:
+    """A child of the night's run: verdict as tags, figures for the history, every run of the duel."""
+    simulated = row.candidate is not None and row.candidate.simulated
+    run_id = tracker.start_comparison(night_id, f"{row.name}{SIMULATED if simulated else ''}", tags_of(row))
+    tracker.log_metrics(run_id, night_figures(row))
+    tracker.log_json(run_id, "verdict.json", row.model_dump(mode="json"))
+    if duel:
+        tracker.log_json(run_id, "duel.json", duel.model_dump(mode="json"))
+    tracker.describe(run_id, f"{row_markdown(row)}\n\n{links_of(tracker, row)}")
+    tracker.finish(run_id, "FAILED" if row.status == "FAILED" else "FINISHED")
+
+
+def tags_of(row: NightRow) -> dict[str, str]:
+    tags = {
+        "recipe": row.recipe,
+        "target": row.target,
+        "target_class": row.target_class,
+        "verdict": row.status,
+        "candidate_run_id": row.run_id,
+    }
+    if row.champion:
+        tags |= {"champion_run_id": row.champion.run_id, "champion_version": str(row.champion.version)}
+    if row.candidate:
+        tags |= {
+            "variant": row.candidate.variant,
+            "board": row.candidate.board,
+            "validity": validity_of([row.candidate]),
+            "gate": worst_gate([row.candidate]),
+            **({"simulated": "true"} if row.candidate.simulated else {}),
+        }
+    if row.promoted:
+        tags["promoted"] = str(row.promoted.version)
+    return tags
+
+
+def links_of(tracker: Tracker, row: NightRow) -> str:
+    """To the runs of both sides."""
+    runs = {"candidate": row.run_id, "champion": row.champion.run_id if row.champion else ""}
+    return ", ".join(f"[{name}]({tracker.page_of_run(run_id)})" for name, run_id in runs.items() if run_id)
+
+
+def log_night(tracker: Tracker, result: NightResult) -> None:
+    """The verdict of the whole night as its run's tags and description."""
+    statuses = sorted({row.status for row in result.rows})
+    tracker.set_tags(result.run_id, {"verdict": ", ".join(statuses), "exit_code": str(result.exit_code)})
+    tracker.log_json(result.run_id, RESULT_PATH, result.model_dump(mode="json"))
+    tracker.describe(result.run_id, f"{result.message}\n\n{night_markdown(result.rows)}")
