@@ -33,6 +33,14 @@ class Deep(MyWorkload):
         stem = nn.Conv2d(1, 32, 3, padding=1)
         return nn.Sequential(stem, *convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 """
+BROKEN = """
+from my_package.deep import Deep
+
+
+class Broken(Deep):
+    def loss(self, outputs, target):
+        raise RuntimeError("as asked")
+"""
 RECIPE = {
     "name": NAME,
     "workload": {"class_path": "my_package.deep:Deep"},
@@ -52,14 +60,17 @@ def nights(project, jetway_here):
     return lambda *arguments: jetway_here(*arguments, cwd=project)
 
 
-def night(run):
-    """What ``--json`` printed of the one recipe on the one target."""
-    (row,) = run.json["rows"]
-    return row
+@pytest.fixture
+def broken(project):
+    """A recipe whose training fails."""
+    recipe = RECIPE | {"name": "broken", "workload": {"class_path": "my_package.broken:Broken"}}
+    (project / "broken.yaml").write_text(yaml.safe_dump(recipe))
+    (project / "my_package/broken.py").write_text(BROKEN)
+    return "broken.yaml"
 
 
-def disturbed(row):
-    return not row["candidate"]["validity"]["valid"]
+def layers(count):
+    return "--set", f"workload.options.layers={count}"
 
 
 @pytest.fixture
@@ -101,10 +112,13 @@ def changes(row):
     return {one["metric"]: one["change"] for one in row["compared"]["metrics"]}
 
 
-def test_nights_from_the_first_champion_to_a_regression(nights, api, hook, capsys):
-    first = nights("nightly", "nights.yaml", "--promote", "never", "--json")
-    new = night(first)
-    assert (new["status"], first.exit_code) == ("NEW", 5 if disturbed(new) else 0), first.stderr
+def test_first_night_and_a_regression(nights, broken, api, hook):
+    first = nights("nightly", broken, "nights.yaml", "--promote", "never", "--json")
+    failed, new = first.json["rows"]
+    assert (failed["status"], first.exit_code) == ("FAILED", 4)
+    assert "as asked" in failed["error"]
+    assert first.json["message"].startswith("FAILED: broken on loopback (")
+    assert new["status"] == "NEW"
     advice = f"jetway promote {new['run_id'][:8]} --target loopback --variant baseline-fp32"
     assert new["notes"] == [f"to make it champion: {advice}"]
     assert Tracker().registry.champion(model_name(NAME, "loopback")) is None
@@ -113,27 +127,21 @@ def test_nights_from_the_first_champion_to_a_regression(nights, api, hook, capsy
     champion = Tracker().registry.champion(model_name(NAME, "loopback"))
     assert champion.run_id == new["run_id"]
 
-    second = nights("nightly", "nights.yaml", "--json")
-    same = night(second)
-    assert (same["status"], second.exit_code) == ("SAME", 5 if disturbed(same) else 0), second.stderr
-    assert {one["reason"] for one in same["compared"]["metrics"]} == {"", "the same engine file"}
-
     address, posted = hook
     with temporary_settings({PREFECT_API_URL: api}):
         example = readme_block("automation example").replace(
             "https://chat.example.org/hooks/nightly", address
         )
         exec(compile(example, "README.md", "exec"), {})
-    deeper = ("--set", "workload.options.layers=4", "--budget-minutes", "0.01", "--json")
-    third = nights("nightly", "nights.yaml", *deeper)
-    worse = night(third)
-    assert (worse["status"], third.exit_code) == ("REGRESSED", 1), third.stderr
+    second = nights("nightly", "nights.yaml", "--budget-minutes", "0.01", "--json", *layers(4))
+    (worse,) = second.json["rows"]
+    assert (worse["status"], second.exit_code) == ("REGRESSED", 1), second.stderr
     assert changes(worse)["size_bytes"] == changes(worse)["macs"] == "REGRESSED"
     assert changes(worse)["latency_ms_p50"] == "UNKNOWN", "the budget ends before there is evidence"
-    check_prefect(api, worse, third.json["message"])
+    check_prefect(api, worse, second.json["message"])
     assert wait_until(lambda: posted), "the automation did not call the webhook"
     assert json.loads(posted[0])["text"].startswith("REGRESSED: nights on loopback (params ")
-    check_record(third.json)
+    check_record(second.json)
 
 
 def check_prefect(api, row, message):
@@ -158,37 +166,25 @@ def check_record(document):
     (child,) = tracker.children(run.run_id)
     assert child.tags["verdict"] == "REGRESSED"
     assert child.metrics["size_bytes"] > 0
-    row = night_row = document["rows"][0]
-    for linked in (night_row["run_id"], row["champion"]["run_id"]):
+    (row,) = document["rows"]
+    for linked in (row["run_id"], row["champion"]["run_id"]):
         assert tracker.page_of_run(linked) in child.tags["mlflow.note.content"]
-
-
-def test_a_recipe_that_fails_hides_no_other(nights, project):
-    broken = RECIPE | {"name": "broken", "workload": {"class_path": "my_package.broken:Broken"}}
-    (project / "broken.yaml").write_text(yaml.safe_dump(broken))
-    (project / "my_package/broken.py").write_text(
-        "from my_package.deep import Deep\n\n\nclass Broken(Deep):\n"
-        "    def loss(self, outputs, target):\n        raise RuntimeError('as asked')\n"
-    )
-    both = nights("nightly", "broken.yaml", "nights.yaml", "--promote", "never", "--json")
-    failed, other = both.json["rows"]
-    assert (failed["status"], both.exit_code) == ("FAILED", 4)
-    assert "as asked" in failed["error"]
-    assert other["status"] != "FAILED"
-    assert both.json["message"].startswith("FAILED: broken on loopback (")
 
 
 @pytest.mark.slow
 @pytest.mark.serial
-def test_a_slower_engine_is_red(nights):
+def test_the_same_engine_and_a_slower_one(nights):
     """A tenth more layers, found on the clock by fresh processes in turns."""
-    layers = "workload.options.layers"
-    nights("nightly", "nights.yaml", "--set", f"{layers}=20", "--promote", "never", "--json")
+    nights("nightly", "nights.yaml", "--promote", "never", *layers(20))
     assert nights("promote", "latest").exit_code == 0
-    slower = night(
-        nights("nightly", "nights.yaml", "--set", f"{layers}=22", "--budget-minutes", "5", "--json")
-    )
-    latency = next(one for one in slower["compared"]["metrics"] if one["metric"] == "latency_ms_p50")
+    same = nights("nightly", "nights.yaml", "--json", *layers(20))
+    (row,) = same.json["rows"]
+    assert row["status"] == "SAME"
+    assert {one["reason"] for one in row["compared"]["metrics"]} == {"", "the same engine file"}
+    assert same.exit_code == (0 if row["candidate"]["validity"]["valid"] else 5)
+
+    (row,) = nights("nightly", "nights.yaml", "--budget-minutes", "5", "--json", *layers(22)).json["rows"]
+    latency = next(one for one in row["compared"]["metrics"] if one["metric"] == "latency_ms_p50")
     if latency["evidence"]["count"] < min(LOOKS):
         pytest.skip(f"{latency['evidence']['count']} calm pairs")
     assert latency["change"] == "REGRESSED"
