@@ -57,7 +57,7 @@ class _Cleaning:
         tracker.reap()
         runs = [run for run in tracker.pipeline_runs() if self._ours(run)]
         running = [run for run in runs if run.status == "RUNNING"]
-        champions = {champion.run_id for champion in tracker.registry.champions()}
+        champions = {champion.run_id for champion in tracker.champions()}
         self.kept = [
             run
             for number, run in enumerate(runs)

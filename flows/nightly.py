@@ -40,7 +40,7 @@ from jetway.tasks.results import VariantResult
 from jetway.tasks.stage import Progress
 from jetway.tasks.target.session import TargetSession, open_target
 from jetway.tasks.tracking.registry import Champion, model_name
-from jetway.tasks.tracking.tracker import Tracker
+from jetway.tasks.tracking.tracker import HANDOVER_S, Tracker
 from jetway.tasks.tracking.values import Status
 from jetway.tasks.verdict import ACCURACY_MARGIN, Change
 
@@ -180,6 +180,7 @@ def night_run(
         raise
     finally:
         tracker.finish(night.run_id, status)
+        tracker.replay(wait_s=0.0 if status == "KILLED" else HANDOVER_S)
 
 
 def deploy_recipe(night: Night, observer: Observer, order: Order) -> list[Candidate]:
@@ -246,7 +247,7 @@ def find_contest(night: Night, candidate: Candidate) -> Contest:
         raise candidate.error or StageError(f"{candidate.name}: the run has no result for it.")
     rows = {row.variant: row for row in candidate.rows}
     best = winner(candidate.rows) or candidate.rows[0]
-    champion = night.tracker.registry.champion(model_name(candidate.recipe, class_of(candidate.target)))
+    champion = night.tracker.champion(model_name(candidate.recipe, class_of(candidate.target)))
     if champion is None:
         return Contest(candidate, candidate.run, best)
     holder = StoredRun(night.tracker, champion.run_id, candidate.run.path)

@@ -57,7 +57,7 @@ def promote_row(run: StoredRun, row: VariantResult, target_class: str, why: str)
         "engine_sha256": files[ENGINE_PATH].sha256,
         "onnx_sha256": files[MODEL_PATH].sha256,
     }
-    return tracker.registry.promote(
+    return tracker.promote(
         model_name(run.recipe.name, target_class), child, description_of(run, row, why), tags
     )
 

@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from pydantic import BaseModel, ConfigDict, Field
 
-from jetway.tasks.tracking.connection import one_at_a_time, translated
+from jetway.tasks.tracking.connection import one_at_a_time
 from jetway.tasks.tracking.values import PARENT_TAG, short_tags
 
 CHAMPION = "champion"
@@ -37,7 +37,7 @@ def model_name(recipe: str, target_class: str) -> str:
 
 
 class Registry:
-    """Versions are the champions of today and of earlier days, and nothing else."""
+    """The tracker's part for champions. Versions are the champions of today and of earlier days, and nothing else."""
 
     def __init__(self, client: MlflowClient, uri: str) -> None:
         self._client = client
@@ -45,15 +45,13 @@ class Registry:
 
     def champion(self, model: str) -> Champion | None:
         """What the alias stands at; None before the first promotion."""
-        with translated(self._uri, f"look up the champion of {model}"):
-            found = self._client.search_registered_models(f"name = '{model}'", max_results=1)
-            version = found[0].aliases.get(CHAMPION) if found else None
-            return _champion(self._client.get_model_version(model, str(version))) if version else None
+        found = self._client.search_registered_models(f"name = '{model}'", max_results=1)
+        version = found[0].aliases.get(CHAMPION) if found else None
+        return _champion(self._client.get_model_version(model, str(version))) if version else None
 
     def champions(self) -> list[Champion]:
         """All of them."""
-        with translated(self._uri, "list the registered models"):
-            names = [found.name for found in self._client.search_registered_models(max_results=1000)]
+        names = [found.name for found in self._client.search_registered_models(max_results=1000)]
         return [champion for name in names if (champion := self.champion(name))]
 
     def promote(self, model: str, child_id: str, description: str, tags: Mapping[str, str]) -> Champion:
@@ -61,14 +59,13 @@ class Registry:
 
         A run that was promoted before keeps its version. ``tags`` are kept beside the variant's own.
         """
-        with translated(self._uri, f"promote run {child_id} to {model}"):
-            self._make_model(model)
-            version = self._version_of(model, child_id) or self._make_version(model, child_id)
-            for key, value in short_tags(tags).items():
-                self._client.set_model_version_tag(model, version.version, key, value)
-            self._client.update_model_version(model, version.version, description)
-            self._client.set_registered_model_alias(model, CHAMPION, version.version)
-            return _champion(version)
+        self._make_model(model)
+        version = self._version_of(model, child_id) or self._make_version(model, child_id)
+        for key, value in short_tags(tags).items():
+            self._client.set_model_version_tag(model, version.version, key, value)
+        self._client.update_model_version(model, version.version, description)
+        self._client.set_registered_model_alias(model, CHAMPION, version.version)
+        return _champion(version)
 
     def _make_model(self, model: str) -> None:
         with one_at_a_time(self._uri):

@@ -38,7 +38,7 @@ from jetway.tasks.tracking.connection import (
     without_password,
 )
 from jetway.tasks.tracking.files import RunFiles
-from jetway.tasks.tracking.registry import Registry
+from jetway.tasks.tracking.registry import Champion, Registry
 from jetway.tasks.tracking.spool import Line, NewRun, Point, Spool, Write, left_spools
 from jetway.tasks.tracking.values import (
     BOOT_TAG,
@@ -334,6 +334,21 @@ class Tracker:
         experiment_id = self._ask(f"read experiment {experiment}", lambda: self._experiment_id(experiment))
         return f"#/experiments/{experiment_id}/runs/{run_id}"
 
+    def champion(self, model: str) -> Champion | None:
+        """The champion of a registered model; None before the first promotion."""
+        return self._ask(f"look up the champion of {model}", lambda: self._registry.champion(model))
+
+    def champions(self) -> list[Champion]:
+        """Those of all registered models."""
+        return self._ask("list the champions", lambda: self._registry.champions())
+
+    def promote(self, model: str, child_id: str, description: str, tags: Mapping[str, str]) -> Champion:
+        """Makes the run of a variant the champion: a version with its files, and the alias at it."""
+        return self._ask(
+            f"promote run {child_id} to {model}",
+            lambda: self._registry.promote(model, child_id, description, tags),
+        )
+
     def reap(self) -> list[str]:
         """Marks as KILLED what processes of this machine left RUNNING when they died. Returns the run ids.
 
@@ -364,8 +379,7 @@ class Tracker:
             return open_client(self.uri)
 
     @cached_property
-    def registry(self) -> Registry:
-        """The model registry beside the runs."""
+    def _registry(self) -> Registry:
         return Registry(self._client, self.uri)
 
     @cached_property

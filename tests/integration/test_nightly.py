@@ -121,10 +121,10 @@ def test_first_night_and_a_regression(nights, broken, api, hook):
     assert new["status"] == "NEW"
     advice = f"jetway promote {new['run_id'][:8]} --target loopback --variant baseline-fp32"
     assert new["notes"] == [f"to make it champion: {advice}"]
-    assert Tracker().registry.champion(model_name(NAME, "loopback")) is None
+    assert Tracker().champion(model_name(NAME, "loopback")) is None
 
     assert nights(*advice.split()[1:]).exit_code == 0
-    champion = Tracker().registry.champion(model_name(NAME, "loopback"))
+    champion = Tracker().champion(model_name(NAME, "loopback"))
     assert champion.run_id == new["run_id"]
 
     address, posted = hook

@@ -160,3 +160,14 @@ def test_clean_touches_no_entry_of_a_server_that_may_serve_others(
 def test_clean_refuses_a_negative_number() -> None:
     with pytest.raises(ConfigError, match="--keep is -1"):
         clean(-1)
+
+
+def test_clean_keeps_what_a_champion_needs(tracker: Tracker) -> None:
+    """Nights to come measure its engine again, however many runs there were since."""
+    old, (weights,) = run_pipeline(tracker, "load")
+    child = tracker.start_child(old, "pruned on loopback", {}, {"variant": "pruned", "target": "loopback"})
+    tracker.finish(child, "FINISHED")
+    tracker.promote("digits.loopback", child, "", {})
+    run_pipeline(tracker, "new-load")
+    clean(1)
+    assert Store().has(weights)

@@ -38,15 +38,15 @@ def start_variant(tracker, variant="pruned-int8-qat"):
 
 
 def test_no_champion_before_the_first_promotion(tracker):
-    assert tracker.registry.champion(MODEL) is None
+    assert tracker.champion(MODEL) is None
 
 
 def test_promotion_makes_a_version_with_the_runs_files(tracker):
     parent, child = start_variant(tracker)
     handle = Store().add_json({"engine": 1})
     tracker.log_files(child, {"engine.engine": (handle, Store().open(handle))})
-    promoted = tracker.registry.promote(MODEL, child, "The first.", {"target_class": "loopback"})
-    assert promoted == Tracker().registry.champion(MODEL)
+    promoted = tracker.promote(MODEL, child, "The first.", {"target_class": "loopback"})
+    assert promoted == Tracker().champion(MODEL)
     assert (promoted.run_id, promoted.variant, promoted.version) == (parent, "pruned-int8-qat", 1)
     version = tracker._client.get_model_version_by_alias(MODEL, "champion")
     assert (version.run_id, version.description, version.status) == (child, "The first.", "READY")
@@ -57,15 +57,15 @@ def test_promotion_makes_a_version_with_the_runs_files(tracker):
 
 def test_alias_moves_and_comes_back_to_the_version_it_was_at(tracker):
     (_, first), (_, second) = start_variant(tracker), start_variant(tracker)
-    versions = [tracker.registry.promote(MODEL, child, "", {}).version for child in (first, second, first)]
+    versions = [tracker.promote(MODEL, child, "", {}).version for child in (first, second, first)]
     assert versions == [1, 2, 1]
-    assert tracker.registry.champion(MODEL).version == 1
+    assert tracker.champion(MODEL).version == 1
 
 
 def test_models_of_several_classes_are_apart(tracker):
     _, child = start_variant(tracker)
-    tracker.registry.promote(MODEL, child, "", {})
-    assert tracker.registry.champion(model_name("digits", "orin")) is None
+    tracker.promote(MODEL, child, "", {})
+    assert tracker.champion(model_name("digits", "orin")) is None
 
 
 def add_runs(database, experiment_id, count):
@@ -92,12 +92,12 @@ def add_runs(database, experiment_id, count):
 def test_look_up_among_ten_thousand_runs(tracker, tmp_path):
     """The champion and the record of its run, by a tracker that has the database open."""
     parent, child = start_variant(tracker)
-    tracker.registry.promote(MODEL, child, "", {})
+    tracker.promote(MODEL, child, "", {})
     add_runs(tmp_path / "mlflow.db", tracker._client.get_run(parent).info.experiment_id, RUNS)
     fresh = Tracker()
     assert len(fresh.pipeline_runs(limit=RUNS + 1)) == RUNS + 1
     started_s = time.perf_counter()
-    champion = fresh.registry.champion(MODEL)
+    champion = fresh.champion(MODEL)
     run = fresh.find_run(champion.run_id)
     seconds = time.perf_counter() - started_s
     assert run.name == "digits of a night"
