@@ -16,7 +16,7 @@ from jetway.configs.load import load_recipe, load_targets
 from jetway.flows.check import check_recipe_fits
 from jetway.flows.deploy import deploy
 from jetway.flows.failure import Failure
-from jetway.flows.pipeline import Observer, make_context, observing
+from jetway.flows.pipeline import OBSERVER, Observer, make_context, observing
 from jetway.flows.record import REPORT_PATH, RESULT_PATH, RunResult
 from jetway.flows.server import Server, prefect_settings
 from jetway.flows.show import print_result

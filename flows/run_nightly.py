@@ -6,18 +6,21 @@ import json
 import signal
 from typing import Any
 
+from httpx import HTTPError
 from prefect.client.schemas.objects import State
 from prefect.exceptions import PrefectException
 from rich.console import Console
 
 from jetway.flows.nightly import nightly
 from jetway.flows.pipeline import observing
-from jetway.flows.run import TerminalObserver, check_inputs, interrupt
+from jetway.flows.publish import RESULT_PATH
+from jetway.flows.run import TerminalObserver, check_inputs, current_run_id, interrupt
 from jetway.flows.server import Server, prefect_settings
 from jetway.flows.terminal import Terminal
 from jetway.tasks.comparison_table import comparison_notes, comparison_tables
 from jetway.tasks.errors import TrackingError
 from jetway.tasks.nightly import NightResult, Policy
+from jetway.tasks.tracking.tracker import Tracker
 
 
 def run_nightly(
@@ -61,7 +64,9 @@ def call_flow(
                 recipes, targets, overrides, policy, budget_minutes, return_state=True
             )
             result = state.result(raise_on_failure=False)
-    except PrefectException as exc:
+    except (PrefectException, HTTPError) as exc:
+        if recorded := recorded_night(current_run_id()):
+            return recorded
         raise TrackingError(
             f"Prefect at {server.api_url} failed: {type(exc).__name__}: {exc}. Check that server; "
             "finished stages are kept, and the same command goes on from them."
@@ -70,6 +75,14 @@ def call_flow(
         raise result
     assert isinstance(result, NightResult)
     return result
+
+
+def recorded_night(run_id: str) -> NightResult | None:
+    """What a night came to that was over, though Prefect could not be told."""
+    tracker = Tracker()
+    if not run_id or not tracker.has_file(run_id, RESULT_PATH):
+        return None
+    return NightResult.model_validate(tracker.load_json(run_id, RESULT_PATH))
 
 
 def document(result: NightResult) -> dict[str, object]:
