@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from prefect import flow
 from prefect.futures import PrefectFuture
@@ -31,6 +31,7 @@ from jetway.configs.schema import (
     Variant,
 )
 from jetway.flows.cascade import open_classifier, run_cascade
+from jetway.flows.fleet import open_fleet
 from jetway.flows.pipeline import Pipeline, open_pipeline
 from jetway.flows.record import Measured, Network, RunResult, conclude, make_rows
 from jetway.flows.report import log_report
@@ -41,6 +42,7 @@ from jetway.tasks.benchmark import benchmark
 from jetway.tasks.build import build
 from jetway.tasks.calibrate import calibrate, calibration_sets
 from jetway.tasks.compare import compare
+from jetway.tasks.errors import JetwayError
 from jetway.tasks.evaluate import evaluate
 from jetway.tasks.export import export
 from jetway.tasks.finetune import finetune
@@ -49,10 +51,9 @@ from jetway.tasks.load import load
 from jetway.tasks.lower import lower
 from jetway.tasks.measurement import BenchmarkResult, Evaluation
 from jetway.tasks.package import package
-from jetway.tasks.preflight import preflight
 from jetway.tasks.prune import prune
 from jetway.tasks.qat import ptq, qat
-from jetway.tasks.results import VariantResult
+from jetway.tasks.results import VariantResult, load_rows
 from jetway.tasks.sensitivity import int8_sensitivity, pruning_sensitivity, with_chosen_layers
 from jetway.tasks.stream import stream
 from jetway.tasks.stream_result import StreamResult
@@ -73,24 +74,30 @@ def deploy(
     ``recipe`` is the name of a recipe or its YAML file; ``targets`` replaces the recipe's own; ``overrides``
     are ``key=value``, as in ``jetway run --set``.
     """
-    with open_pipeline(recipe, targets, overrides or []) as run, open_classifier(run) as classifier:
-        infos = {target.name: preflight(run.context, target, run.recipe) for target in run.targets}
-        networks = make_networks(run)
-        models = make_models(run, networks)
-        behind = make_models(classifier, make_networks(classifier)) if classifier else {}
-        with queue(run.targets):
-            sessions = [submit_session(run, target, models) for target in run.targets]
-            measured = [collect(session, infos[session.target.name]) for session in sessions]
-            if classifier:
-                measured = [run_cascade(run, classifier, behind, one) for one in measured]
-            rows = [row for one in measured for row in make_rows(run, one, networks)]
-            table = run.keep("compare", compare(run.context, rows, run.recipe.gates), Report)
-            result = conclude(run, table, measured, networks)
-            for one in measured:
-                package_for(run, one, [row for row in result.rows if row.target == one.target.name])
-        with run.context.timed("report"):
-            log_report(run.tracker, run.run_id)
+    with open_pipeline(recipe, targets, overrides or []) as run:
+        result, error = attempt(run)
+        if error:
+            raise error
         return result
+
+
+def attempt(run: Pipeline) -> tuple[RunResult, JetwayError | None]:
+    """The recipe once on its targets: what is recorded, and the error of those that gave no result, if any.
+
+    Raises when no target gives one.
+    """
+    with open_classifier(run) as classifier, open_fleet(run) as fleet:
+        fleet.wait_for_first()
+        networks = make_networks(run)
+        models = make_models(run, networks, fleet.targets)
+        behind = make_models(classifier, make_networks(classifier), fleet.targets) if classifier else {}
+        measured = fleet.measure(partial(measure, run, networks, models, classifier, behind))
+        rows = judge(run, measured)
+        fleet.each(partial(package_for, run, measured, rows))
+        result = conclude(run, rows, measured, networks, fleet.outcomes(rows))
+    with run.context.timed("report"):
+        log_report(run.tracker, run.run_id)
+    return result, fleet.error(result)
 
 
 def make_networks(run: Pipeline) -> dict[str, Network]:
@@ -163,9 +170,9 @@ def float_layers(run: Pipeline, stage: Stage, checkpoint: Checkpoint) -> QatConf
     return with_chosen_layers(config, report)
 
 
-def make_models(run: Pipeline, networks: Mapping[str, Network]) -> Models:
+def make_models(run: Pipeline, networks: Mapping[str, Network], targets: Sequence[Target]) -> Models:
     """The ONNX file of each variant for each engine that the targets run it with, made once."""
-    wanted = {(target.backend(v), v): None for target in run.targets for v in run.recipe.variants}
+    wanted = {(target.backend(v), v): None for target in targets for v in run.recipe.variants}
     engines: dict[Variant, int] = Counter(variant for _, variant in wanted)
     return {
         (backend, variant): make_model(
@@ -193,13 +200,21 @@ def make_model(
     return lowered
 
 
-@contextmanager
-def queue(targets: Sequence[Target]) -> Iterator[None]:
-    """Takes turns with the other flows of this Prefect server; on the target its own lease decides."""
-    with ExitStack() as turns:
-        for name in sorted(target.name for target in targets):
-            turns.enter_context(queue_for(name))
-        yield
+def measure(
+    run: Pipeline,
+    networks: Mapping[str, Network],
+    models: Models,
+    classifier: Pipeline | None,
+    behind: Models,
+    target: Target,
+    info: TargetInfo,
+) -> Measured:
+    """All that one target gives, in its turn among the flows of this Prefect server; its own lease decides."""
+    with queue_for(target.name):
+        measured = collect(submit_session(run, target, models), info)
+        if classifier:
+            measured = run_cascade(run, classifier, behind, measured)
+    return replace(measured, rows=tuple(make_rows(run, measured, networks)))
 
 
 @dataclass(frozen=True)
@@ -273,20 +288,28 @@ def collect(session: Session, info: TargetInfo) -> Measured:
     )
 
 
-def package_for(run: Pipeline, measured: Measured, rows: Sequence[VariantResult]) -> None:
+def judge(run: Pipeline, measured: Sequence[Measured]) -> list[VariantResult]:
+    """The rows of all targets with their ratios, each to the baseline of its own target, and their gates."""
+    rows = [row for one in measured for row in one.rows]
+    table = run.keep("compare", compare(run.context, rows, run.recipe.gates), Report)
+    return load_rows(run.context.store.load_json(table))[0]
+
+
+def package_for(
+    run: Pipeline,
+    measured: Sequence[Measured],
+    rows: Sequence[VariantResult],
+    target: Target,
+    info: TargetInfo,
+) -> None:
     """Packages the winner of a target among the run's files, unless no variant may be deployed."""
-    name, best = measured.target.name, winner(rows)
+    best = winner([row for row in rows if row.target == target.name])
     if best is None:
-        logger.warning("%s: nothing is packaged, because every variant failed a gate", name)
+        logger.warning("%s: nothing is packaged, because every variant failed a gate", target.name)
         return
-    engine, model = measured.engines[best.variant], measured.models[best.variant]
-    packaged = package(
-        run.context,
-        measured.target,
-        engine,
-        model,
-        variant=best.variant,
-        behind=measured.behind.get(best.variant),
-    )
-    run.keep(f"targets/{name}/package", packaged, Package)
-    run.tracker.set_tags(run.run_id, {f"package.{name}": best.variant})
+    found = next(one for one in measured if one.target.name == target.name)
+    engine, model = found.engines[best.variant], found.models[best.variant]
+    behind = found.behind.get(best.variant)
+    packaged = package(run.context, target, engine, model, variant=best.variant, behind=behind)
+    run.keep(f"targets/{target.name}/package", packaged, Package)
+    run.tracker.set_tags(run.run_id, {f"package.{target.name}": best.variant})

@@ -10,20 +10,21 @@ from pydantic import BaseModel, ConfigDict
 
 from jetway.configs.schema import Target, Variant
 from jetway.flows.pipeline import Pipeline
-from jetway.tasks.artifacts import Checkpoint, Engine, OnnxModel, Report, StageOutput
+from jetway.tasks.artifacts import Checkpoint, Engine, OnnxModel, StageOutput
 from jetway.tasks.cascade_result import CascadeResult, VariantCascade, cascade_markdown
 from jetway.tasks.cascade_unit import Behind
+from jetway.tasks.errors import FleetError
 from jetway.tasks.gates import gates_exit_code
 from jetway.tasks.int8_report import int8_reports, report_markdown
 from jetway.tasks.layer_table import layers_csv
 from jetway.tasks.measurement import BenchmarkResult, Evaluation
 from jetway.tasks.metrics import Metric
 from jetway.tasks.passes import dla_layers_ratio, provider_notes, read_series
-from jetway.tasks.results import Validity, VariantResult, Verdict, drop_name, load_rows
+from jetway.tasks.results import TargetOutcome, Validity, VariantResult, Verdict, drop_name, failed
 from jetway.tasks.stage import stage_seed
 from jetway.tasks.statistics import Resampled, paired_drop
 from jetway.tasks.stream_result import StreamResult, VariantStream, stream_csv, stream_markdown
-from jetway.tasks.table import stage_table_markdown
+from jetway.tasks.table import stage_table_markdown, target_failure
 from jetway.tasks.target_info import TargetInfo
 from jetway.tasks.tracking.values import flat_params
 
@@ -65,6 +66,8 @@ class Measured:
     #: The classifier of each variant of a cascade.
     behind: Mapping[str, Behind] = field(default_factory=dict, kw_only=True)
     evaluations: Mapping[str, Evaluation]
+    #: One a variant, not judged yet.
+    rows: tuple[VariantResult, ...] = field(default=(), kw_only=True)
 
     def of(self, variant: str) -> list[VariantStream | VariantCascade]:
         """What was measured of a variant in sessions beside the benchmark's."""
@@ -80,6 +83,7 @@ class RunResult(BaseModel):
     run_id: str
     exit_code: int
     rows: tuple[VariantResult, ...]
+    targets: tuple[TargetOutcome, ...] = ()
     task_metrics: tuple[Metric, ...]
 
 
@@ -145,26 +149,43 @@ def drop_intervals(run: Pipeline, baseline: Resampled, other: Resampled) -> dict
 
 def conclude(
     run: Pipeline,
-    table: Report,
+    rows: Sequence[VariantResult],
     measured: Sequence[Measured],
     networks: Mapping[str, Network],
+    outcomes: Sequence[TargetOutcome],
 ) -> RunResult:
     """Logs the judged rows, one child run each, and the table as the run's description."""
-    rows, metrics = load_rows(run.context.store.load_json(table))
-    exit_code = gates_exit_code(rows)
+    metrics = run.context.workload.metrics
     for one in measured:
         log_session(run, one)
         for row in rows:
             if row.target == one.target.name:
                 log_row(run, one, row, networks[row.variant])
-    run.tracker.describe(run.run_id, description_of(run, stage_table_markdown(rows, metrics), measured))
-    run.tracker.set_tags(run.run_id, {"gate": worst_gate(rows), "validity": validity_of(rows)})
+    table = "\n\n".join([stage_table_markdown(rows, metrics), *map(target_failure, failed(outcomes))])
+    run.tracker.describe(run.run_id, description_of(run, table, measured))
+    tags = {"gate": worst_gate(rows), "validity": validity_of(rows)}
+    without = ", ".join(one.name for one in failed(outcomes))
+    run.tracker.set_tags(run.run_id, tags | ({"failed_targets": without} if without else {}))
     if any(row.simulated for row in rows):
         run.tracker.set_tags(run.run_id, {"simulated": "true"})
         run.tracker.rename(run.run_id, run.tracker.run(run.run_id).name + SIMULATED)
-    result = RunResult(run_id=run.run_id, exit_code=exit_code, rows=tuple(rows), task_metrics=tuple(metrics))
+    result = RunResult(
+        run_id=run.run_id,
+        exit_code=run_exit_code(rows, outcomes),
+        rows=tuple(rows),
+        targets=tuple(outcomes),
+        task_metrics=tuple(metrics),
+    )
     run.tracker.log_json(run.run_id, RESULT_PATH, result.model_dump(mode="json"))
     return result
+
+
+def run_exit_code(rows: Sequence[VariantResult], outcomes: Sequence[TargetOutcome]) -> int:
+    """That of the gates, unless a target gave no result: then its own if it is alone, else that of a FleetError."""
+    without = failed(outcomes)
+    if not without:
+        return gates_exit_code(rows)
+    return without[0].exit_code if len(outcomes) == 1 else FleetError.exit_code
 
 
 def description_of(run: Pipeline, table: str, measured: Sequence[Measured]) -> str:

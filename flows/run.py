@@ -21,7 +21,7 @@ from jetway.flows.record import REPORT_PATH, RESULT_PATH, RunResult
 from jetway.flows.server import Server, prefect_settings
 from jetway.flows.show import print_result
 from jetway.flows.terminal import Terminal
-from jetway.tasks.errors import JetwayError, TrackingError, TrackingUnreachableError
+from jetway.tasks.errors import FleetError, JetwayError, TrackingError, TrackingUnreachableError
 from jetway.tasks.stage import FinishedStage
 from jetway.tasks.table import run_json
 from jetway.tasks.target.jobs import interrupt_jobs
@@ -64,31 +64,40 @@ def run_deploy(
     signal.signal(signal.SIGTERM, interrupt)
     terminal = Terminal()
     observer = TerminalObserver(terminal)
-    failure, result = UNEXPECTED, None
+    result: RunResult | None = None
+    failure: Failure | None = UNEXPECTED
     try:
         with terminal, observing(observer), server:
             check_inputs(server, recipe, targets, overrides)
             server.wait_ready()
             result = call_flow(server, recipe, targets, overrides)
+            failure = None
+    except FleetError as exc:
+        result, failure = exc.result, Failure.of(exc)
     except (JetwayError, KeyboardInterrupt) as exc:
         failure = Failure.of(exc)
         if not as_json:
             raise
-        failure.tell()
     finally:
         overhead_s = time.monotonic() - started_s - busy_s(observer.stages)
         if as_json:
-            print(json.dumps(document(observer, result or failure, overhead_s), indent=1))
-    if result is None:
-        return failure.exit_code
-    if not as_json:
+            print(json.dumps(document(observer, result, failure, overhead_s), indent=1))
+    if result and not as_json:
         print()
         print_result(result)
         print(
             f"\nOrchestration and tracking took {overhead_s:.1f} s beside the stages. "
-            f"Look closer: jetway show {observer.run_id[:8]}, jetway ui\n{report_line(observer.run_id)}"
+            f"Look closer: jetway show {observer.run_id[:8]}, jetway ui\n{report_line(observer.run_id)}",
+            flush=True,
         )
-    return result.exit_code
+    if failure:
+        failure.tell()
+    return exit_code_of(failure, result)
+
+
+def exit_code_of(*ends: Failure | RunResult | None) -> int:
+    """That of the first one there is."""
+    return next(end.exit_code for end in ends if end)
 
 
 def report_line(run_id: str) -> str:
@@ -156,9 +165,13 @@ def busy_s(stages: Iterable[FinishedStage]) -> float:
     return total
 
 
-def document(observer: Observer, outcome: RunResult | Failure, overhead_s: float) -> dict[str, object]:
+def document(
+    observer: Observer, result: RunResult | None, failure: Failure | None, overhead_s: float
+) -> dict[str, object]:
+    """What ``--json`` prints; a fleet has both, a result of some targets and a failure that names the others."""
     stages = [(stage.name, stage.seconds, stage.cached) for stage in observer.stages]
-    if isinstance(outcome, RunResult):
-        return run_json(observer.run_id, "FINISHED", outcome.exit_code, stages, overhead_s, outcome.rows)
-    told = run_json(observer.run_id, outcome.status, outcome.exit_code, stages, overhead_s, ())
-    return {**told, "error": outcome.error}
+    status = failure.status if failure else "FINISHED"
+    exit_code = exit_code_of(failure, result)
+    rows, targets = (result.rows, result.targets) if result else ((), ())
+    told = run_json(observer.run_id, status, exit_code, stages, overhead_s, rows, targets)
+    return {**told, "error": failure.error} if failure else told

@@ -62,7 +62,8 @@ def latest_run(tracker: Tracker, recipe: str, target: str) -> RunRecord:
     """The newest finished run of a recipe on a target. Raises TrackingError when there is none."""
     for run in tracker.pipeline_runs():
         targets = run.tags.get("target", "").split(", ")
-        if run.status == "FINISHED" and run.tags.get("recipe") == recipe and target in targets:
+        ended = run.status == "FINISHED" or f"package.{target}" in run.tags
+        if ended and run.tags.get("recipe") == recipe and target in targets:
             return run
     raise TrackingError(
         f"No finished run of the recipe {recipe!r} on {target} is recorded, so nothing is deployed there. "

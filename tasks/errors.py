@@ -3,6 +3,7 @@
     JetwayError                      exit 1
     ├── ConfigError                  exit 2   the recipe, the target file or the command line
     ├── TargetError                  exit 3   the machine at the other end of the SSH connection
+    │   ├── FleetError                        some of several targets; the others' results are kept
     │   ├── TargetUnreachableError            no connection; worth retrying
     │   ├── HostKeyError                      the key is unknown or has changed
     │   ├── TargetTimeoutError
@@ -48,6 +49,14 @@ class ConfigError(JetwayError):
 
 class TargetError(JetwayError):
     exit_code = 3
+
+
+class FleetError(TargetError):
+    """Some of several targets gave no result. ``result`` is the run's, of the others; None when there is none."""
+
+    def __init__(self, message: str, *, result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class TargetUnreachableError(TargetError):

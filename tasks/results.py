@@ -158,6 +158,29 @@ class VariantResult(_Value):
         return {name: value for name, value in self.metrics.items() if value is not None}
 
 
+class TargetStatus(StrEnum):
+    FINISHED = "FINISHED"
+    FAILED = "FAILED"
+
+
+class TargetOutcome(_Value):
+    """How a target of a run ended: by its own gates, or with the error that left it without a result."""
+
+    name: str
+    status: TargetStatus
+    error: str = ""
+    exit_code: int
+
+    @property
+    def told(self) -> str:
+        """What went wrong there, with its name."""
+        return self.error if self.error.startswith(f"{self.name}:") else f"{self.name}: {self.error}"
+
+
+def failed(outcomes: Sequence[TargetOutcome]) -> list[TargetOutcome]:
+    return [one for one in outcomes if one.status is TargetStatus.FAILED]
+
+
 def drop_name(metric: Metric) -> str:
     """Name of what a metric lost against the baseline; above 0 is worse, whatever its direction."""
     return f"{metric.name}_drop"

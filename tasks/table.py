@@ -11,7 +11,7 @@ from rich.text import Text
 
 from jetway.tasks.artifacts import SCHEMA_VERSION
 from jetway.tasks.metrics import Metric
-from jetway.tasks.results import BASELINE, GateVerdict, VariantResult, Verdict, drop_name
+from jetway.tasks.results import BASELINE, GateVerdict, TargetOutcome, VariantResult, Verdict, drop_name
 
 NOTHING = "-"
 _VERDICT_STYLES = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.UNKNOWN: "yellow"}
@@ -81,6 +81,7 @@ def run_json(
     stages: Sequence[tuple[str, float, bool]],
     overhead_s: float,
     rows: Sequence[VariantResult],
+    targets: Sequence[TargetOutcome] = (),
 ) -> dict[str, Any]:
     """The one object that ``--json`` prints. ``stages`` are (name, seconds, cached)."""
     return {
@@ -91,7 +92,13 @@ def run_json(
         "stages": [{"name": n, "seconds": round(s, 3), "cached": cached} for n, s, cached in stages],
         "overhead_s": round(overhead_s, 3),
         "variants": [_row_json(row) for row in rows],
+        "targets": [outcome.model_dump(mode="json") for outcome in targets],
     }
+
+
+def target_failure(outcome: TargetOutcome) -> str:
+    """A line for a target without a result, to stand below the table."""
+    return f"NO RESULT (exit code {outcome.exit_code}): {outcome.told}"
 
 
 def human_count(value: float | None) -> str:

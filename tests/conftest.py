@@ -23,6 +23,7 @@ ON_TARGETS = {
         "bad_input",
         "deploy",
         "deployed",
+        "fleet",
         "interrupted",
         "package",
         "target_connection",

@@ -46,9 +46,14 @@ class Headline:
         return {PASSED: "✓", MISSED: "✗", UNDECIDED: "?"}[self.tone]
 
 
-def run_headline(rows: Sequence[VariantResult]) -> Headline:
-    """Of the whole run: whether all gates passed on valid measurements. Of figures that no device gave, that first."""
+def run_headline(rows: Sequence[VariantResult], *, without_result: int = 0) -> Headline:
+    """Of the whole run: whether all gates passed on valid measurements. Of figures that no device gave, that first.
+
+    ``without_result`` is the number of targets that gave none.
+    """
     told = _judged(rows)
+    if without_result:
+        told = Headline(f"{count_of(without_result, 'target')} gave no result. {told.sentence}", MISSED)
     if not any(row.simulated for row in rows):
         return told
     return Headline(f"Simulated: {told.sentence}", UNDECIDED if told.tone == PASSED else told.tone)

@@ -10,7 +10,7 @@ from typing import Any
 from jetway.tasks.cascade_result import CascadeResult
 from jetway.tasks.measurement import BenchmarkResult
 from jetway.tasks.metrics import Metric
-from jetway.tasks.results import BASELINE, VariantResult
+from jetway.tasks.results import BASELINE, TargetOutcome, VariantResult
 from jetway.tasks.statistics import Floats
 from jetway.tasks.stream_result import StreamResult
 from jetway.tasks.target_info import TargetInfo
@@ -52,6 +52,8 @@ class RunMaterial:
     settings: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     lineage: Sequence[Lineage] = ()
+    #: Targets that gave no result.
+    failed: Sequence[TargetOutcome] = ()
 
     @property
     def simulated(self) -> bool:

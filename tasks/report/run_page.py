@@ -22,7 +22,7 @@ def report_html(run: RunMaterial) -> str:
         title=run.name,
         simulated=run.simulated,
         run=run,
-        headline=run_headline(run.rows),
+        headline=run_headline(run.rows, without_result=len(run.failed)),
         sections=[target_section(run, name, f"target-{index}") for index, name in targets],
         gates=gates_table(run.rows),
         validity=validity_table(run),

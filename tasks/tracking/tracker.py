@@ -280,9 +280,12 @@ class Tracker:
         )
 
     def newest_run_with(self, path: str) -> RunRecord:
-        """The newest finished pipeline run with this file at its top. Raises TrackingError when none has."""
+        """The newest ended pipeline run with this file at its top; one of a fleet may have ended as FAILED.
+
+        Raises TrackingError when none has.
+        """
         for run in self.pipeline_runs():
-            if run.status == "FINISHED" and self.has_file(run.run_id, path):
+            if run.status in ("FINISHED", "FAILED") and self.has_file(run.run_id, path):
                 return run
         raise TrackingError(
             f"No run in {without_password(self.uri)} has {path} yet: none has finished. Run jetway run first."

@@ -1,0 +1,65 @@
+"""Runs on several targets, each with its own fate: good ones are measured whatever becomes of the others."""
+
+import pytest
+import yaml
+
+from jetway.tasks.tracking.tracker import Tracker
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+RECIPE = {
+    "variants": ["baseline-fp32"],
+    "gates": [],
+    "train": {"epochs": 1},
+    "benchmark": {"min_duration_s": 0.3, "min_queries": 50},
+}
+
+
+@pytest.fixture
+def fleet(project):
+    """The README's project with a short recipe; ``fleet(name, key=value)`` adds a target, this machine by default."""
+    recipe = yaml.safe_load((project / "my_recipe.yaml").read_text())
+    (project / "my_recipe.yaml").write_text(yaml.safe_dump(recipe | RECIPE))
+    (project / "targets").mkdir()
+
+    def add(name, **keys):
+        target = {"name": name, "kind": "loopback"} | keys
+        (project / f"targets/{name}.yaml").write_text(yaml.safe_dump(target))
+        return f"--target={name}"
+
+    return add
+
+
+def test_bad_boards_do_not_hide_good_ones(fleet, project, mount_disk, jetway_here, cli_home):
+    """One does not answer, and the disk of another is full once the recipe has trained."""
+    small = {"work_dir": f"{mount_disk('300k')}/jetway", "min_free_disk_mib": 0}
+    targets = [fleet("full", **small), fleet("good"), fleet("dead", kind="ssh", port=9)]
+    run = jetway_here("run", "my_recipe.yaml", *targets, "--json", cwd=project)
+    told = run.json
+    assert (run.exit_code, told["status"], told["exit_code"]) == (3, "FAILED", 3)
+    assert [row["target"] for row in told["variants"]] == ["good"]
+    states = {one["name"]: (one["status"], one["exit_code"]) for one in told["targets"]}
+    assert states.pop("good") in [("FINISHED", 0), ("FINISHED", 5)]
+    assert states == {"full": ("FAILED", 3), "dead": ("FAILED", 3)}
+    assert "2 of 3 targets" in told["error"]
+    assert all(word in told["error"] for word in ("127.0.0.1:9", "full: ", "are free"))
+    assert run.stderr.count("2 of 3 targets") == 1
+    assert "warning: dead is left out" in run.stderr
+
+    tracker = Tracker(f"sqlite:///{cli_home / 'mlflow.db'}")
+    record = tracker.run(told["run_id"])
+    assert (record.status, record.tags["failed_targets"]) == ("FAILED", "full, dead")
+    assert "127.0.0.1:9" in record.tags["mlflow.note.content"]
+    assert [child.tags["target"] for child in tracker.children(record.run_id)] == ["good"]
+    assert "targets/good/package.zip" in tracker.files(record.run_id)
+    assert "2 targets gave no result" in (tracker.local_folder(record.run_id) / "report.html").read_text()
+    shown = jetway_here("show", "latest", cwd=project)
+    assert "NO RESULT (exit code 3): dead: cannot reach" in shown.stdout
+
+
+def test_a_fleet_without_one_good_board_trains_nothing(fleet, project, jetway_here):
+    targets = [fleet(name, kind="ssh", port=9) for name in ("dead", "gone")]
+    run = jetway_here("run", "my_recipe.yaml", *targets, "--json", cwd=project)
+    assert run.exit_code == 3
+    assert "2 of 2 targets gave no result" in run.json["error"]
+    assert [stage["name"] for stage in run.json["stages"]] == []
