@@ -17,6 +17,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 PACKAGED = Path(__file__).parent
 MAX_FILE_BYTES = 1 << 20
+#: Chooses every target of the project.
+ALL = "all"
 
 
 def load_recipe(
@@ -55,8 +57,7 @@ def load_target(name_or_path: str, *, near: Path | None = None) -> Target:
 
     Raises ConfigError when there is none, it is not valid, or a file found by name calls itself otherwise.
     """
-    folders = [Path.cwd(), *([near.parent, near.parent.parent] if near else [])]
-    path = find_file(name_or_path, "targets", folders)
+    path = find_file(name_or_path, "targets", _folders(near))
     target = validate(Target, read_yaml(path), source=str(path))
     if path.stem == name_or_path != target.name:
         raise ConfigError(
@@ -65,18 +66,65 @@ def load_target(name_or_path: str, *, near: Path | None = None) -> Target:
     return target
 
 
-def load_targets(names: Sequence[str], *, near: Path | None = None) -> list[Target]:
-    """The targets of those names or files. Raises ConfigError also when two of them have one name."""
+def load_targets(choices: Sequence[str], *, near: Path | None = None) -> list[Target]:
+    """The targets of those names and files, those that selectors of labels (``class=orin,site=lab``) fit, or ``all``.
+
+    A target that is both named and selected counts once. Raises ConfigError also when two that are named have one
+    name, and when a selector fits none.
+    """
     given: dict[str, str] = {}
-    targets = [load_target(name, near=near) for name in names]
-    for name, target in zip(names, targets, strict=True):
+    targets: dict[str, Target] = {}
+    for choice in choices:
+        if choice == ALL or ("=" in choice and not Path(choice).is_file()):
+            targets = {target.name: target for target in select_targets(choice, near=near)} | targets
+            continue
+        target = load_target(choice, near=near)
         if target.name in given:
             raise ConfigError(
-                f"{given[target.name]!r} and {name!r} are both the target {target.name!r}. Name each target "
+                f"{given[target.name]!r} and {choice!r} are both the target {target.name!r}. Name each target "
                 "once, and give every target file a name of its own."
             )
-        given[target.name] = name
-    return targets
+        given[target.name], targets[target.name] = choice, target
+    return list(targets.values())
+
+
+def select_targets(selector: str, *, near: Path | None = None) -> list[Target]:
+    """The project's own targets that have every label of ``class=orin,site=lab``, by name; ``all`` is all of them.
+
+    Raises ConfigError when none has, with the labels that there are.
+    """
+    own = [load_target(name, near=near) for name in _own_names("targets", _folders(near))]
+    wanted = [] if selector == ALL else [_label(part, selector) for part in selector.split(",")]
+    chosen = [target for target in own if all(target.labels.get(key) == value for key, value in wanted)]
+    if not chosen:
+        raise ConfigError(f"--target {selector}: no target of this project fits. {_labels_in_use(own)}")
+    return chosen
+
+
+def _label(part: str, selector: str) -> tuple[str, str]:
+    key, _, value = (word.strip() for word in part.partition("="))
+    if not key or not value:
+        raise ConfigError(
+            f"--target {selector}: {part!r} is no label. Write class=orin, and class=orin,site=lab for both."
+        )
+    return key, value
+
+
+def _labels_in_use(targets: Iterable[Target]) -> str:
+    """Every label that some target has, and which ones have it."""
+    having: dict[str, list[str]] = {}
+    for target in targets:
+        for key, value in target.labels.items():
+            having.setdefault(f"{key}={value}", []).append(target.name)
+    told = "; ".join(f"{label} ({', '.join(names)})" for label, names in sorted(having.items()))
+    names = ", ".join(target.name for target in targets) or "none"
+    return f"Labels in use: {told or 'none'}. Targets: {names}."
+
+
+def _folders(near: Path | None) -> list[Path]:
+    """Where targets may lie: here, and beside or above a recipe of the project."""
+    beside = near is not None and PACKAGED not in near.parents
+    return [Path.cwd(), *([near.parent, near.parent.parent] if near and beside else [])]
 
 
 def find_file(name_or_path: str, kind: str, folders: Iterable[Path]) -> Path:
@@ -232,8 +280,16 @@ def _places(kind: str, folders: Iterable[Path]) -> list[Path]:
 
 
 def _names(kind: str, folders: Iterable[Path]) -> list[str]:
-    here = [place for place in _places(kind, folders) if place.name == kind]
-    return sorted({path.stem for place in here for path in place.glob("*.yaml")})
+    return _stems(place for place in _places(kind, folders) if place.name == kind)
+
+
+def _own_names(kind: str, folders: Iterable[Path]) -> list[str]:
+    """Without those that come with Jetway."""
+    return _stems(place for folder in folders for place in (folder / "configs" / kind, folder / kind))
+
+
+def _stems(places: Iterable[Path]) -> list[str]:
+    return sorted({path.stem for place in places for path in place.glob("*.yaml")})
 
 
 def _known(kind: str, folders: Iterable[Path]) -> str:

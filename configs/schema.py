@@ -25,8 +25,13 @@ class StageSection(Section):
 
 
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
+_NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
 # Text that ends in file names, MLflow tags and log lines.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+Name = Annotated[str, Field(pattern=f"^{_NAME}$", max_length=64)]
+# What --target takes, but paths: a name, "all", or labels that a target must have, as in class=orin,site=lab.
+TargetChoice = Annotated[
+    str, Field(pattern=f"^({_NAME}|{_NAME}={_NAME}(,{_NAME}={_NAME})*)$", max_length=256)
+]
 POWER_MODE = r"^[A-Za-z0-9][A-Za-z0-9_.+ -]{0,63}$"
 
 
@@ -783,8 +788,11 @@ class Recipe(Section):
         min_length=1, description="Rows of the stage table, baseline first."
     )
     gates: tuple[Gate, ...] = Field(default=(), description="Limits that decide the exit code.")
-    targets: tuple[Name, ...] = Field(
-        default=("loopback",), min_length=1, description="Target files to deploy to; --target overrides it."
+    targets: tuple[TargetChoice, ...] = Field(
+        default=("loopback",),
+        min_length=1,
+        description="Target files to deploy to, labels that select them (class=orin,site=lab), or all; "
+        "--target overrides it.",
     )
 
     @property
@@ -852,6 +860,11 @@ class Target(Section):
 
     schema_version: Literal[1] = Field(default=1, description="Version of this file format.")
     name: Name = Field(description="Name of the target, as in --target.")
+    labels: dict[Name, Name] = Field(
+        default_factory=dict,
+        description="What to select it by, as in --target class=orin,site=lab. Boards of one class are alike, "
+        "so that what one measured holds for the others.",
+    )
     kind: Literal["ssh", "loopback"] = Field(
         default="ssh",
         description="ssh: a machine of yours. loopback: this machine, through a real SSH server.",
@@ -906,6 +919,15 @@ class Target(Section):
     )
     min_free_disk_mib: int = Field(default=512, ge=0, description="Free disk that preflight asks for.")
     min_free_memory_mib: int = Field(default=256, ge=0, description="Free memory that preflight asks for.")
+
+    @property
+    def target_class(self) -> str:
+        """The label ``class``, and without one the target's own name: no board is taken to be like another.
+
+        Measurements of one class may be held against each other, so a champion of the nightly flow is one of a
+        recipe and a class. Every variant's run in MLflow has it as the tag ``target_class``.
+        """
+        return self.labels.get("class", self.name)
 
     @property
     def own_backend(self) -> Backend:

@@ -363,7 +363,10 @@ def _recipe_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _target_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--target", action="append", metavar="NAME", help="instead of the recipe's; may be repeated"
+        "--target",
+        action="append",
+        metavar="NAME",
+        help="instead of the recipe's: a name or file, labels (class=orin,site=lab), or all; may be repeated",
     )
     sub.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key: --set qat.epochs=3"

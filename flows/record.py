@@ -268,6 +268,7 @@ def log_row(run: Pipeline, measured: Measured, row: VariantResult, network: Netw
         "variant": row.variant,
         "precision": row.precision,
         "target": row.target,
+        "target_class": measured.target.target_class,
         "engine": row.engine,
         "board": row.board,
         **({"simulated": "true"} if row.simulated else {}),

@@ -284,3 +284,56 @@ def test_variants_may_name_a_calibration_and_an_engine(tmp_path):
     for wrong in ("baseline-int8-qat-mse", "baseline-int8-ptq-best", "baseline-fp32-max"):
         with pytest.raises(ConfigError, match=r"unknown variant .*behind int8-ptq -max, -entropy"):
             load_recipe(write(tmp_path, variants=["baseline-fp32", wrong]), [])
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """A project with three boards."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "targets").mkdir()
+    boards = {
+        "b": {"class": "orin", "site": "lab"},
+        "a": {"class": "orin", "site": "car"},
+        "c": {"site": "lab"},
+    }
+    for name, labels in boards.items():
+        (tmp_path / f"targets/{name}.yaml").write_text(yaml.safe_dump({"name": name, "labels": labels}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("choices", "names"),
+    [
+        (["class=orin"], ["a", "b"]),
+        (["site=lab,class=orin"], ["b"]),
+        (["all"], ["a", "b", "c"]),
+        (["c", "class=orin"], ["a", "b", "c"]),
+        (["class=orin", "b"], ["a", "b"]),
+        (["site=car", "site=lab"], ["a", "b", "c"]),
+        (["all", "loopback"], ["a", "b", "c", "loopback"]),
+    ],
+)
+def test_labels_select_targets(choices, names, lab):
+    assert sorted(target.name for target in load_targets(choices)) == names
+    recipe, path = load_recipe(write(lab, targets=choices))
+    assert sorted(target.name for target in load_targets(recipe.targets, near=path)) == names
+
+
+@pytest.mark.parametrize(
+    ("choice", "fragments"),
+    [
+        ("class=xavier", ["class=xavier", "class=orin (a, b)", "site=lab (b, c)"]),
+        ("class=orin,site=moon", ["no target of this project fits"]),
+        ("class=", ["'class='", "class=orin"]),
+        ("class=orin,", ["''"]),
+    ],
+)
+def test_a_selector_that_fits_nothing_says_what_there_is(choice, fragments, lab):
+    with pytest.raises(ConfigError) as caught:
+        load_targets([choice])
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_a_board_without_a_class_is_alone_in_its_own(lab):
+    assert [target.target_class for target in load_targets(["all"])] == ["orin", "orin", "c"]
