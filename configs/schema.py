@@ -915,7 +915,10 @@ class Target(Section):
         default=30, ge=5, le=3600, description="A job whose host stays silent this long ends itself."
     )
     busy_timeout_s: float = Field(
-        default=600, ge=0, description="How long to wait for an accelerator that another job holds."
+        default=600,
+        ge=0,
+        description="How long to wait for an accelerator that another process's job holds; 0 fails at once. "
+        "--busy-timeout-s overrides it.",
     )
     min_free_disk_mib: int = Field(default=512, ge=0, description="Free disk that preflight asks for.")
     min_free_memory_mib: int = Field(default=256, ge=0, description="Free memory that preflight asks for.")

@@ -19,6 +19,7 @@ from jetway.flows.failure import Failure
 from jetway.tasks.errors import ConfigError, JetwayError
 from jetway.tasks.sources import find_workload
 
+LONGEST_WAIT_S = 24 * 60 * 60
 LONGEST_SOAK_MINUTES = 7 * 24 * 60
 
 
@@ -78,7 +79,13 @@ def run(options: argparse.Namespace) -> int:
         from jetway.flows.run import run_deploy
 
     return run_deploy(
-        server, options.recipe, options.target, options.set, as_json=options.json, started_s=STARTED_S
+        server,
+        options.recipe,
+        options.target,
+        options.set,
+        busy_timeout_s=options.busy_timeout_s,
+        as_json=options.json,
+        started_s=STARTED_S,
     )
 
 
@@ -228,6 +235,12 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("run", run, "deploy a recipe and print the stage table")
     _recipe_arguments(sub)
+    sub.add_argument(
+        "--busy-timeout-s",
+        type=_seconds,
+        metavar="SECONDS",
+        help="how long to wait for a target that others use, instead of its own busy_timeout_s; 0 fails at once",
+    )
     _json_argument(sub)
     sub = command("check", check, "validate a recipe against its targets, without training anything")
     _recipe_arguments(sub)
@@ -381,6 +394,16 @@ def _positive_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number, such as 10")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= LONGEST_WAIT_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds up to a day, such as 0 or 600")
+    return seconds
 
 
 def _share(text: str) -> float:

@@ -35,7 +35,7 @@ from jetway.flows.fleet import open_fleet
 from jetway.flows.pipeline import Pipeline, open_pipeline
 from jetway.flows.record import Measured, Network, RunResult, conclude, make_rows
 from jetway.flows.report import log_report
-from jetway.flows.server import queue_for
+from jetway.flows.server import QUEUE_TIMEOUT_S, queue_for
 from jetway.tasks.analyze import analyze
 from jetway.tasks.artifacts import Checkpoint, Engine, OnnxModel, Package, Report
 from jetway.tasks.benchmark import benchmark
@@ -67,14 +67,17 @@ Models = dict[tuple[Backend, Variant], OnnxModel]
 
 @flow(name="deploy", flow_run_name="{recipe}", persist_result=False)
 def deploy(
-    recipe: str = "digits", targets: list[str] | None = None, overrides: list[str] | None = None
+    recipe: str = "digits",
+    targets: list[str] | None = None,
+    overrides: list[str] | None = None,
+    busy_timeout_s: float | None = None,
 ) -> RunResult:
     """Deploys a recipe to its targets, and returns a row for each variant on each of them.
 
     ``recipe`` is the name of a recipe or its YAML file; ``targets`` replaces the recipe's own; ``overrides``
-    are ``key=value``, as in ``jetway run --set``.
+    are ``key=value``, as in ``jetway run --set``; ``busy_timeout_s`` replaces that of every target.
     """
-    with open_pipeline(recipe, targets, overrides or []) as run:
+    with open_pipeline(recipe, targets, overrides or [], busy_timeout_s) as run:
         result, error = attempt(run)
         if error:
             raise error
@@ -210,7 +213,7 @@ def measure(
     info: TargetInfo,
 ) -> Measured:
     """All that one target gives, in its turn among the flows of this Prefect server; its own lease decides."""
-    with queue_for(target.name):
+    with queue_for(target.name, timeout_s=min(QUEUE_TIMEOUT_S, target.busy_timeout_s)):
         measured = collect(submit_session(run, target, models), info)
         if classifier:
             measured = run_cascade(run, classifier, behind, measured)

@@ -176,11 +176,16 @@ def stream_source(recipe: Recipe, path: Path) -> Path | None:
 
 @contextmanager
 def open_pipeline(
-    recipe_name: str, target_names: Sequence[str] | None, overrides: Sequence[str]
+    recipe_name: str,
+    target_names: Sequence[str] | None,
+    overrides: Sequence[str],
+    busy_timeout_s: float | None = None,
 ) -> Iterator[Pipeline]:
     """Validates everything, starts the MLflow run, and ends it as FINISHED, FAILED or KILLED."""
     recipe, path = load_recipe(recipe_name, overrides)
     targets = load_targets(target_names or recipe.targets, near=path)
+    if busy_timeout_s is not None:
+        targets = [target.model_copy(update={"busy_timeout_s": busy_timeout_s}) for target in targets]
     with recording(Pipeline(recipe, path, targets, Tracker(), OBSERVER.get() or Observer())) as pipeline:
         yield pipeline
 

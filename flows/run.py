@@ -53,6 +53,7 @@ def run_deploy(
     targets: list[str] | None,
     overrides: list[str],
     *,
+    busy_timeout_s: float | None = None,
     as_json: bool,
     started_s: float,
 ) -> int:
@@ -70,7 +71,7 @@ def run_deploy(
         with terminal, observing(observer), server:
             check_inputs(server, recipe, targets, overrides)
             server.wait_ready()
-            result = call_flow(server, recipe, targets, overrides)
+            result = call_flow(server, recipe, targets, overrides, busy_timeout_s)
             failure = None
     except FleetError as exc:
         result, failure = exc.result, Failure.of(exc)
@@ -128,10 +129,16 @@ def check_inputs(server: Server, recipe_name: str, targets: list[str] | None, ov
         raise
 
 
-def call_flow(server: Server, recipe: str, targets: list[str] | None, overrides: list[str]) -> RunResult:
+def call_flow(
+    server: Server,
+    recipe: str,
+    targets: list[str] | None,
+    overrides: list[str],
+    busy_timeout_s: float | None,
+) -> RunResult:
     try:
         with prefect_settings(server):
-            return deploy(recipe, targets, overrides)
+            return deploy(recipe, targets, overrides, busy_timeout_s)
     except (PrefectException, HTTPError) as exc:
         result = recorded_result(run_id=current_run_id())
         if result is None:

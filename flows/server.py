@@ -249,6 +249,8 @@ def queue_for(target: str, *, timeout_s: float = QUEUE_TIMEOUT_S) -> Iterator[No
     try:
         with get_client(sync_client=True) as client:
             client.upsert_global_concurrency_limit_by_name(limit, 1)
+        # 0 would give up before the server has answered
+        timeout_s = max(timeout_s, 1.0)
         slot.enter_context(
             concurrency(limit, timeout_seconds=timeout_s, lease_duration=LEASE_S, strict=False)
         )

@@ -9,10 +9,11 @@ from prefect.cache_policies import NO_CACHE
 
 from jetway.configs.schema import BenchmarkConfig, EngineName, Precision, Recipe, Target
 from jetway.tasks.contract import BF16_OPSET, contract_of
-from jetway.tasks.errors import TargetMismatchError
+from jetway.tasks.errors import TargetBusyError, TargetMismatchError
 from jetway.tasks.remote import RETRY_DELAYS_S, is_unreachable
 from jetway.tasks.requirements import engine_problems, power_mode_problems, power_problems, trtexec_problems
 from jetway.tasks.stage import StageContext
+from jetway.tasks.target.jobs import owner
 from jetway.tasks.target.session import TargetSession, open_target
 from jetway.tasks.target_info import TargetInfo
 
@@ -26,6 +27,18 @@ def probe_target(session: TargetSession, benchmark: BenchmarkConfig | None = Non
     """What the target is and can do, and whether its power can be set as ``benchmark`` and the target's file ask."""
     request = session.target.power_settings(benchmark or BenchmarkConfig())
     return TargetInfo.model_validate(session.call("probe", request, timeout_s=PROBE_TIMEOUT_S))
+
+
+def check_free(target: Target, info: TargetInfo) -> None:
+    """Raises TargetBusyError where nobody wants to wait, and a job of another process holds the accelerator."""
+    holder = info.holders.get(target.leased_engine)
+    if target.busy_timeout_s or not holder or holder.get("owner") == owner():
+        return
+    raise TargetBusyError(
+        f"{target.name}: {info.accelerators[target.leased_engine]} is held by job {holder.get('job')} of "
+        f"{holder.get('owner') or 'an older Jetway'} since {holder.get('since')}, and busy_timeout_s is 0. "
+        "Try again later, or wait: --busy-timeout-s 600."
+    )
 
 
 def check_target(recipe: Recipe, target: Target, info: TargetInfo) -> None:
@@ -112,5 +125,6 @@ def _thread_problems(recipe: Recipe, info: TargetInfo) -> list[str]:
 def preflight(context: StageContext, target: Target, recipe: Recipe) -> TargetInfo:
     with context.timed(f"preflight {target.name}"), open_target(target) as session:
         info = probe_target(session, recipe.benchmark)
+    check_free(target, info)
     check_target(recipe, target, info)
     return info

@@ -103,6 +103,9 @@ class TargetInfo(_Facts):
     free_disk_mib: float
     frequencies_mhz: dict[str, Any]
     accelerators: dict[str, str]
+    holders: dict[str, dict[str, Any] | None] = Field(
+        default_factory=dict, description="The job that holds each engine's accelerator."
+    )
     engines: dict[str, EngineInfo]
 
     @property

@@ -279,7 +279,13 @@ def outcome_of(job: Job, lock: int) -> Json:
             return run_worker(job, [lock])
         accelerator = lease.accelerator_id(job.spec["engine"])
         announce = Announcer(job, accelerator)
-        with lease.held(accelerator, job.spec["job"], job.spec["busy_timeout_s"], announce.wait) as held:
+        with lease.held(
+            accelerator,
+            job.spec["job"],
+            job.spec["busy_timeout_s"],
+            announce.wait,
+            owner=job.spec.get("owner", ""),
+        ) as held:
             with power_mode.left_as_found(job.spec["work_dir"]):
                 return run_worker(job, [lock, held])
     except DeviceError as exc:
@@ -298,7 +304,7 @@ class Announcer:
         self.job, self.accelerator, self.last = job, accelerator, ""
 
     def wait(self, seconds: float, holder: Optional[Json]) -> None:
-        who = str((holder or {}).get("job", "another job"))
+        who = lease.name_of(holder)
         if who != self.last:
             self.job.append_progress({"text": "waiting for %s, held by %s" % (self.accelerator, who)})
             self.last = who

@@ -20,6 +20,8 @@ from jetway.tasks.on_device import errors, machine
 # Every user must come to the same answer, so the first that all of them can write to is taken.
 PLACES = ("/run/lock", "/tmp", "/var/tmp", "/dev/shm")
 POLL_S = 0.2
+# A holder writes who it is just after it has locked the file.
+UNNAMED_S = 1.0
 LOG_LIMIT_BYTES = 1 << 20
 
 
@@ -73,15 +75,17 @@ def held(
     timeout_s: float,
     wait: Callable[[float, Optional[Dict[str, Any]]], None],
     folder: Optional[str] = None,
+    owner: str = "",
 ) -> Iterator[int]:
     """Holds the lease in the body; yields the lock's file descriptor, which a forked child must close.
 
-    ``wait(seconds, holder)`` is called while another job holds it. Raises DeviceError, kind ``busy``, after
-    ``timeout_s``.
+    ``wait(seconds, holder)`` is called while another job holds it. Raises DeviceError, kind ``busy``, once it has
+    waited ``timeout_s`` for jobs of other owners; for those of its own ``owner`` it waits as long as they take.
     """
     path = lease_path(accelerator, folder or directory())
-    lock = _acquire(path, accelerator, time.monotonic() + timeout_s, wait)
-    _write_holder(lock, {"job": job, "pid": os.getpid(), "uid": os.getuid(), "since": _now()})
+    lock = _acquire(path, accelerator, owner, timeout_s, wait)
+    holder = {"job": job, "owner": owner, "pid": os.getpid(), "uid": os.getuid(), "since": _now()}
+    _write_holder(lock, holder)
     _log(path, "acquire", job)
     try:
         yield lock
@@ -91,7 +95,8 @@ def held(
         os.close(lock)
 
 
-def _acquire(path: str, accelerator: str, deadline: float, wait: Callable[..., None]) -> int:
+def _acquire(path: str, accelerator: str, owner: str, patience_s: float, wait: Callable[..., None]) -> int:
+    unnamed_s = UNNAMED_S
     while True:
         lock = _open_shared(path)
         try:
@@ -105,15 +110,28 @@ def _acquire(path: str, accelerator: str, deadline: float, wait: Callable[..., N
             os.close(lock)
             raise
         os.close(lock)
-        if time.monotonic() >= deadline:
+        foreign = not owner or (holder or {}).get("owner") != owner
+        if foreign and patience_s <= 0 and (holder or unnamed_s <= 0):
             raise errors.DeviceError(_busy_message(accelerator, holder), kind=errors.BUSY)
+        began = time.monotonic()
         wait(POLL_S, holder)
+        waited_s = time.monotonic() - began
+        if foreign:
+            patience_s -= waited_s
+            unnamed_s -= waited_s
+
+
+def name_of(holder: Optional[Dict[str, Any]]) -> str:
+    """The job that holds a lease, for people."""
+    if not holder:
+        return "another job"
+    return "job %s%s" % (holder.get("job"), " of %s" % holder["owner"] if holder.get("owner") else "")
 
 
 def _busy_message(accelerator: str, holder: Optional[Dict[str, Any]]) -> str:
-    who = "another job"
+    who = name_of(holder)
     if holder:
-        who = "job %(job)s (pid %(pid)s, uid %(uid)s, since %(since)s)" % holder
+        who += " (pid %(pid)s, uid %(uid)s, since %(since)s)" % holder
     return "The accelerator %s is held by %s. Wait for it, or raise busy_timeout_s of the target." % (
         accelerator,
         who,

@@ -27,6 +27,7 @@ def run(request: Dict[str, Any], progress: Callable[[Dict[str, Any]], None]) -> 
         free_disk_mib=round(machine.free_disk_mib(request.get("work_dir") or "."), 1),
         frequencies_mhz=machine.frequencies_mhz(),
         accelerators={name: lease.accelerator_id(name) for name in ("onnxruntime", "tensorrt")},
+        holders={name: checkup.lease_state(name)["holder"] for name in ("onnxruntime", "tensorrt")},
         engines=engines.facts(),
         power=sensors.facts(),
         trtexec=checkup.trtexec_path(),

@@ -6,7 +6,10 @@ heartbeats; when the link drops, the next command attaches to the job where the 
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
+import socket
 import threading
 import time
 import uuid
@@ -41,6 +44,12 @@ Json = dict[str, Any]
 JobProgress = Callable[[Json], None]
 
 _interrupted = threading.Event()
+_process = uuid.uuid4().hex[:4]
+
+
+def owner() -> str:
+    """Whose jobs these are, as a target's lease names them: jobs of one process wait for each other."""
+    return f"{getpass.getuser()}@{socket.gethostname()}, process {os.getpid()}-{_process}"
 
 
 def interrupt_jobs() -> None:
@@ -167,6 +176,7 @@ class _Follower:
                 "timeout_s": self._job.timeout_s,
                 "orphan_grace_s": self._target.orphan_grace_s,
                 "busy_timeout_s": self._target.busy_timeout_s,
+                "owner": owner(),
                 "started": self._job.started,
                 "offset": self._job.offset,
             }

@@ -1,5 +1,8 @@
 """Runs on several targets, each with its own fate: good ones are measured whatever becomes of the others."""
 
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -63,3 +66,37 @@ def test_a_fleet_without_one_good_board_trains_nothing(fleet, project, jetway_he
     assert run.exit_code == 3
     assert "2 of 2 targets gave no result" in run.json["error"]
     assert [stage["name"] for stage in run.json["stages"]] == []
+
+
+HOLDER = """
+import sys, time
+from jetway.tasks.on_device import lease
+with lease.held("cpu", "job17", 60, lambda *_: time.sleep(0.1), owner="ben@lab, process 7"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def hold():
+    """Holds this machine's lease until its stdin closes."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    yield holder
+    holder.communicate()
+
+
+def test_a_busy_target_fails_at_once_and_names_its_holder(fleet, project, jetway_here, hold):
+    run = jetway_here("run", "my_recipe.yaml", fleet("board"), "--busy-timeout-s", "0", "--json", cwd=project)
+    assert run.exit_code == 3
+    assert "cpu is held by job job17 of ben@lab, process 7" in run.json["error"]
+    assert [stage["name"] for stage in run.json["stages"]] == ["preflight board"]
+
+
+def test_a_fleet_on_one_machine_waits_for_itself_even_without_patience(fleet, project, jetway_here):
+    """Two names of one machine share its lease, and builds of a target do; that is no reason to fail."""
+    targets = [fleet(name, busy_timeout_s=0) for name in ("a", "b")]
+    run = jetway_here("run", "my_recipe.yaml", *targets, "--json", cwd=project)
+    assert {one["status"] for one in run.json["targets"]} == {"FINISHED"}, run.stderr

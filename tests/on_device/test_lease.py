@@ -20,7 +20,8 @@ from jetway.tasks.on_device import lease
 if len(sys.argv) > 4:
     import os
     os.setgroups([]); os.setgid(int(sys.argv[4])); os.setuid(int(sys.argv[4]))
-with lease.held("gpu", sys.argv[1], 20, lambda seconds, holder: time.sleep(0.01), folder=sys.argv[2]):
+owner = sys.argv[1].partition("'s")[0]
+with lease.held("gpu", sys.argv[1], 20, lambda seconds, holder: time.sleep(0.01), sys.argv[2], owner):
     print("held", flush=True)
     time.sleep(float(sys.argv[3]))
 """
@@ -59,7 +60,7 @@ def test_one_at_a_time(tmp_path: Path) -> None:
 def test_busy_names_the_holder(tmp_path: Path) -> None:
     process = start("the-other", tmp_path, 30)
     wait_until_held(process)
-    message = rf"gpu is held by job the-other \(pid {process.pid}, uid \d+, since 20"
+    message = rf"gpu is held by job the-other of the-other \(pid {process.pid}, uid \d+, since 20"
     with (
         pytest.raises(errors.DeviceError, match=message) as caught,
         lease.held("gpu", "mine", 0.0, no_wait, folder=str(tmp_path)),
@@ -68,6 +69,33 @@ def test_busy_names_the_holder(tmp_path: Path) -> None:
     assert caught.value.kind == errors.BUSY
     process.kill()
     process.communicate()
+
+
+def test_jobs_of_one_owner_wait_for_each_other_without_a_deadline(tmp_path: Path) -> None:
+    process = start("anna's first", tmp_path, 0.5)
+    wait_until_held(process)
+    with lease.held("gpu", "anna's second", 0.0, lambda *_: time.sleep(0.01), str(tmp_path), "anna"):
+        pass
+    process.communicate()
+    assert [record["job"][-6:] for record in log_of(tmp_path)[::2]] == [" first", "second"]
+
+
+def test_only_others_use_up_the_patience(tmp_path: Path) -> None:
+    """An owner's own job takes longer than that, then another's comes first, which there is still time to wait for."""
+    waited: list[Any] = []
+
+    def wait(seconds: float, holder: Any) -> None:
+        waited.append((holder or {}).get("owner"))
+        time.sleep(0.01)
+
+    first, other = start("anna's", tmp_path, 0.5), None
+    wait_until_held(first)
+    other = start("ben's", tmp_path, 0.2)
+    with lease.held("gpu", "mine", 5.0, wait, str(tmp_path), "anna"):
+        pass
+    first.communicate()
+    other.communicate()
+    assert "anna" in waited
 
 
 def test_a_killed_holder_frees_it(tmp_path: Path) -> None:
