@@ -920,6 +920,12 @@ class Target(Section):
         description="How long to wait for an accelerator that another process's job holds; 0 fails at once. "
         "--busy-timeout-s overrides it.",
     )
+    quarantine_after: int = Field(
+        default=3,
+        ge=0,
+        le=100,
+        description="INVALID measurements in a row after which runs on several targets leave it out; 0 is never.",
+    )
     min_free_disk_mib: int = Field(default=512, ge=0, description="Free disk that preflight asks for.")
     min_free_memory_mib: int = Field(default=256, ge=0, description="Free memory that preflight asks for.")
 

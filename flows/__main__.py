@@ -195,6 +195,12 @@ def trust(options: argparse.Namespace) -> int:
     return trust_target(target, assume_yes=options.yes)
 
 
+def quarantine(options: argparse.Namespace) -> int:
+    from jetway.flows.quarantine import clear_target, list_quarantined
+
+    return clear_target(options.clear) if options.clear else list_quarantined()
+
+
 def ui(options: argparse.Namespace) -> int:
     from jetway.flows.ui import start_ui
 
@@ -296,6 +302,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--yes", action="store_true", help="record without asking; compare the fingerprint elsewhere"
     )
+    sub = command("quarantine", quarantine, "list the targets that keep giving INVALID measurements")
+    sub.add_argument("--clear", metavar="TARGET", help="let runs on several targets use this one again")
     command("ui", ui, "open the MLflow and Prefect pages of this machine, until Ctrl-C")
     command("stop", stop, "stop the local Prefect server")
     command("replay", replay, "hand over what runs spooled while MLflow was away")

@@ -66,7 +66,7 @@ class Fleet:
 
     def outcomes(self, rows: Sequence[VariantResult]) -> tuple[TargetOutcome, ...]:
         """How each target ended, those with a result by their judged rows."""
-        return tuple(self._outcome(target.name, rows) for target in self._run.targets)
+        return (*(self._outcome(target.name, rows) for target in self._run.targets), *self._run.skipped)
 
     def error(self, result: RunResult | None = None) -> JetwayError | None:
         """The error of a target that is alone, or one that lists all that are lost; None when none is."""

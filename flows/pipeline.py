@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,13 +22,17 @@ from jetway.tasks.artifacts import Handle, StageOutput
 from jetway.tasks.cascade import check_cascade
 from jetway.tasks.clip import check_stream
 from jetway.tasks.gates import check_gate_metrics
-from jetway.tasks.results import metric_names
+from jetway.tasks.quarantine import without_quarantined
+from jetway.tasks.results import TargetOutcome, metric_names
 from jetway.tasks.stage import FinishedStage, Progress, StageContext, no_progress
 from jetway.tasks.store import Store
+from jetway.tasks.table import outcome_line
 from jetway.tasks.tracking.index import MlflowStageIndex
 from jetway.tasks.tracking.tracker import HANDOVER_S, Tracker
 from jetway.tasks.tracking.values import Status, flat_params
 from jetway.tasks.workload import load_workload, workload_digest
+
+logger = logging.getLogger("jetway")
 
 H = TypeVar("H", bound=Handle)
 
@@ -78,11 +83,20 @@ class Pipeline:
     """A recipe and its targets, validated, and the MLflow run that records them."""
 
     def __init__(
-        self, recipe: Recipe, path: Path, targets: Sequence[Target], tracker: Tracker, observer: Observer
+        self,
+        recipe: Recipe,
+        path: Path,
+        targets: Sequence[Target],
+        tracker: Tracker,
+        observer: Observer,
+        *,
+        skipped: Sequence[TargetOutcome] = (),
     ) -> None:
         self.recipe = recipe
         self.path = path
         self.targets = tuple(targets)
+        #: Those that were asked for and are not run on.
+        self.skipped = tuple(skipped)
         self.tracker = tracker
         self.observer = observer
         self.context = make_context(recipe, path, observer)
@@ -186,7 +200,12 @@ def open_pipeline(
     targets = load_targets(target_names or recipe.targets, near=path)
     if busy_timeout_s is not None:
         targets = [target.model_copy(update={"busy_timeout_s": busy_timeout_s}) for target in targets]
-    with recording(Pipeline(recipe, path, targets, Tracker(), OBSERVER.get() or Observer())) as pipeline:
+    tracker = Tracker()
+    fit, skipped = without_quarantined(tracker, targets)
+    for one in skipped:
+        logger.warning("%s", outcome_line(one))
+    opened = Pipeline(recipe, path, fit, tracker, OBSERVER.get() or Observer(), skipped=skipped)
+    with recording(opened) as pipeline:
         yield pipeline
 
 

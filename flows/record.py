@@ -20,11 +20,20 @@ from jetway.tasks.layer_table import layers_csv
 from jetway.tasks.measurement import BenchmarkResult, Evaluation
 from jetway.tasks.metrics import Metric
 from jetway.tasks.passes import dla_layers_ratio, provider_notes, read_series
-from jetway.tasks.results import TargetOutcome, Validity, VariantResult, Verdict, drop_name, failed
+from jetway.tasks.results import (
+    TargetOutcome,
+    TargetStatus,
+    Validity,
+    VariantResult,
+    Verdict,
+    drop_name,
+    failed,
+    without_result,
+)
 from jetway.tasks.stage import stage_seed
 from jetway.tasks.statistics import Resampled, paired_drop
 from jetway.tasks.stream_result import StreamResult, VariantStream, stream_csv, stream_markdown
-from jetway.tasks.table import stage_table_markdown, target_failure
+from jetway.tasks.table import outcome_line, stage_table_markdown
 from jetway.tasks.target_info import TargetInfo
 from jetway.tasks.tracking.values import flat_params
 
@@ -161,11 +170,10 @@ def conclude(
         for row in rows:
             if row.target == one.target.name:
                 log_row(run, one, row, networks[row.variant])
-    table = "\n\n".join([stage_table_markdown(rows, metrics), *map(target_failure, failed(outcomes))])
+    table = "\n\n".join([stage_table_markdown(rows, metrics), *map(outcome_line, without_result(outcomes))])
     run.tracker.describe(run.run_id, description_of(run, table, measured))
     tags = {"gate": worst_gate(rows), "validity": validity_of(rows)}
-    without = ", ".join(one.name for one in failed(outcomes))
-    run.tracker.set_tags(run.run_id, tags | ({"failed_targets": without} if without else {}))
+    run.tracker.set_tags(run.run_id, tags | outcome_tags(outcomes))
     if any(row.simulated for row in rows):
         run.tracker.set_tags(run.run_id, {"simulated": "true"})
         run.tracker.rename(run.run_id, run.tracker.run(run.run_id).name + SIMULATED)
@@ -180,12 +188,21 @@ def conclude(
     return result
 
 
+def outcome_tags(outcomes: Sequence[TargetOutcome]) -> dict[str, str]:
+    """Names of the targets without a result, by why they have none."""
+    found: dict[str, list[str]] = {}
+    for one in without_result(outcomes):
+        found.setdefault(f"{one.status.lower()}_targets", []).append(one.name)
+    return {tag: ", ".join(names) for tag, names in found.items()}
+
+
 def run_exit_code(rows: Sequence[VariantResult], outcomes: Sequence[TargetOutcome]) -> int:
-    """That of the gates, unless a target gave no result: then its own if it is alone, else that of a FleetError."""
-    without = failed(outcomes)
-    if not without:
+    """That of the gates, unless a target failed: then its own if it is alone, else that of a FleetError."""
+    lost = failed(outcomes)
+    if not lost:
         return gates_exit_code(rows)
-    return without[0].exit_code if len(outcomes) == 1 else FleetError.exit_code
+    tried = [one for one in outcomes if one.status is not TargetStatus.QUARANTINED]
+    return lost[0].exit_code if len(tried) == 1 else FleetError.exit_code
 
 
 def description_of(run: Pipeline, table: str, measured: Sequence[Measured]) -> str:

@@ -21,7 +21,7 @@ from jetway.tasks.errors import ConfigError, TrackingUnreachableError
 from jetway.tasks.measurement import NS_PER_MS, BenchmarkResult, read_samples
 from jetway.tasks.report.material import Lineage, RunMaterial, TargetMaterial
 from jetway.tasks.report.run_page import report_html
-from jetway.tasks.results import failed
+from jetway.tasks.results import without_result
 from jetway.tasks.statistics import Floats
 from jetway.tasks.stream_result import StreamResult
 from jetway.tasks.target_info import TargetInfo
@@ -105,7 +105,7 @@ class _Reader:
             settings=settings_of(recipe),
             environment=self.tracker.load_json(self.run.run_id, "environment.json"),
             lineage=[self.lineage(child) for child in self.tracker.children(self.run.run_id)],
-            failed=failed(result.targets),
+            without_result=without_result(result.targets),
         )
 
     def target_material(self, target: str) -> TargetMaterial:

@@ -161,10 +161,14 @@ class VariantResult(_Value):
 class TargetStatus(StrEnum):
     FINISHED = "FINISHED"
     FAILED = "FAILED"
+    QUARANTINED = "QUARANTINED"
 
 
 class TargetOutcome(_Value):
-    """How a target of a run ended: by its own gates, or with the error that left it without a result."""
+    """How a target of a run ended: by its own gates, or with the error that left it without a result.
+
+    One in quarantine was not run on, and ``error`` says why.
+    """
 
     name: str
     status: TargetStatus
@@ -175,6 +179,10 @@ class TargetOutcome(_Value):
     def told(self) -> str:
         """What went wrong there, with its name."""
         return self.error if self.error.startswith(f"{self.name}:") else f"{self.name}: {self.error}"
+
+
+def without_result(outcomes: Sequence[TargetOutcome]) -> list[TargetOutcome]:
+    return [one for one in outcomes if one.status is not TargetStatus.FINISHED]
 
 
 def failed(outcomes: Sequence[TargetOutcome]) -> list[TargetOutcome]:

@@ -11,7 +11,15 @@ from rich.text import Text
 
 from jetway.tasks.artifacts import SCHEMA_VERSION
 from jetway.tasks.metrics import Metric
-from jetway.tasks.results import BASELINE, GateVerdict, TargetOutcome, VariantResult, Verdict, drop_name
+from jetway.tasks.results import (
+    BASELINE,
+    GateVerdict,
+    TargetOutcome,
+    TargetStatus,
+    VariantResult,
+    Verdict,
+    drop_name,
+)
 
 NOTHING = "-"
 _VERDICT_STYLES = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.UNKNOWN: "yellow"}
@@ -96,8 +104,10 @@ def run_json(
     }
 
 
-def target_failure(outcome: TargetOutcome) -> str:
+def outcome_line(outcome: TargetOutcome) -> str:
     """A line for a target without a result, to stand below the table."""
+    if outcome.status is TargetStatus.QUARANTINED:
+        return f"LEFT OUT, in quarantine: {outcome.told}"
     return f"NO RESULT (exit code {outcome.exit_code}): {outcome.told}"
 
 

@@ -46,14 +46,14 @@ class Headline:
         return {PASSED: "✓", MISSED: "✗", UNDECIDED: "?"}[self.tone]
 
 
-def run_headline(rows: Sequence[VariantResult], *, without_result: int = 0) -> Headline:
+def run_headline(rows: Sequence[VariantResult], *, failed_targets: int = 0) -> Headline:
     """Of the whole run: whether all gates passed on valid measurements. Of figures that no device gave, that first.
 
-    ``without_result`` is the number of targets that gave none.
+    ``failed_targets`` are those that gave no result.
     """
     told = _judged(rows)
-    if without_result:
-        told = Headline(f"{count_of(without_result, 'target')} gave no result. {told.sentence}", MISSED)
+    if failed_targets:
+        told = Headline(f"{count_of(failed_targets, 'target')} gave no result. {told.sentence}", MISSED)
     if not any(row.simulated for row in rows):
         return told
     return Headline(f"Simulated: {told.sentence}", UNDECIDED if told.tone == PASSED else told.tone)

@@ -52,8 +52,7 @@ class RunMaterial:
     settings: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     lineage: Sequence[Lineage] = ()
-    #: Targets that gave no result.
-    failed: Sequence[TargetOutcome] = ()
+    without_result: Sequence[TargetOutcome] = ()
 
     @property
     def simulated(self) -> bool:

@@ -223,22 +223,6 @@ def test_jobs_take_turns(target: Target, agent_folder: Path) -> None:
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(held))
 
 
-def test_busy_accelerator_names_its_holder(target: Target, agent_folder: Path) -> None:
-    impatient = target.model_copy(update={"busy_timeout_s": 0.5})
-    with ThreadPoolExecutor(1) as pool, open_target(target, agent_folder=agent_folder) as holder:
-        seen = threading.Event()
-        request = {"steps": 1, "step_s": 4}
-        future = pool.submit(holder.run_job, "trial", request, 20, lambda line: "done" in line and seen.set())
-        assert seen.wait(60)
-        owner = lease.read_holder(lease.lease_path("cpu", lease.directory()))
-        assert owner is not None
-        with open_target(impatient, agent_folder=agent_folder) as session:
-            with pytest.raises(TargetBusyError, match=rf"{owner['job']} \(pid {owner['pid']}.*since"):
-                session.run_job("trial", {}, 20)
-            assert session.call("trial", {})["work_dir"]
-        future.result()
-
-
 HOST_SCRIPT = """
 import sys, json
 from pathlib import Path
@@ -274,6 +258,20 @@ def host(target: Target, agent_folder: Path) -> Iterator[subprocess.Popen[str]]:
     yield process
     process.kill()
     process.communicate()
+
+
+def test_busy_accelerator_names_its_holder(
+    host: subprocess.Popen[str], target: Target, agent_folder: Path
+) -> None:
+    holder = lease.read_holder(lease.lease_path("cpu", lease.directory()))
+    assert holder is not None
+    assert f"process {host.pid}-" in holder["owner"]
+    named = rf"{holder['job']} of {holder['owner']} \(pid {holder['pid']}.*since"
+    impatient = target.model_copy(update={"busy_timeout_s": 0.5})
+    with open_target(impatient, agent_folder=agent_folder) as session:
+        with pytest.raises(TargetBusyError, match=named):
+            session.run_job("trial", {}, 20)
+        assert session.call("trial", {})["work_dir"]
 
 
 def test_kill_of_the_host_leaves_nothing_after_the_grace(
