@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from jetway.configs.schema import Recipe, Target
+from jetway.configs.schema import Fallback, Recipe, Target
 from jetway.tasks.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -34,7 +34,25 @@ def load_recipe(
     values = read_recipe(path)
     for override in overrides:
         apply_override(values, override)
-    return validate(Recipe, values, source=str(path)), path
+    recipe = validate(Recipe, values, source=str(path))
+    fallback_recipes(recipe, source=str(path))
+    return recipe, path
+
+
+def fallback_recipes(recipe: Recipe, *, source: str = "recipe") -> dict[str, Recipe]:
+    """What each fallback of ``plan_b`` makes of the recipe, by its name, in their order.
+
+    Raises ConfigError for overrides that make no valid recipe, naming the fallback.
+    """
+    fallbacks = recipe.plan_b.fallbacks if recipe.plan_b else ()
+    return {one.name: _with_fallback(recipe, one, f"{source}, plan_b {one.name},") for one in fallbacks}
+
+
+def _with_fallback(recipe: Recipe, fallback: Fallback, source: str) -> Recipe:
+    values = recipe.model_dump(mode="json", exclude_unset=True, exclude={"plan_b"})
+    for key, value in fallback.overrides.items():
+        set_key(values, key, value, source=source)
+    return validate(Recipe, values, source=source)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -169,15 +187,20 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r}: write it as key=value, for example --set qat.epochs=3.")
+    set_key(values, key, parse_yaml(text, f"--set {override!r}"), source=f"--set {override!r}:")
+
+
+def set_key(values: dict[str, Any], key: str, value: Any, *, source: str) -> None:
+    """Sets a dotted key of nested mappings, in place."""
     node = values
     *parents, last = key.strip().split(".")
     for parent in parents:
         child = node.get(parent)
         if child is not None and not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {parent!r} holds {child!r}, which has no keys below it.")
+            raise ConfigError(f"{source} {parent!r} holds {child!r}, which has no keys below it.")
         node[parent] = dict(child or {})
         node = node[parent]
-    node[last] = parse_yaml(text, f"--set {override!r}")
+    node[last] = value
 
 
 def validate(model: type[Model], values: Mapping[str, Any], *, source: str) -> Model:

@@ -755,6 +755,55 @@ class CascadeConfig(Section):
     timeout_s: float = Field(default=600, gt=0, description="Longest session on a target.")
 
 
+#: Keys of a recipe that no fallback may change: what is asked of it, and of whom.
+FIXED_IN_PLAN_B = ("schema_version", "name", "gates", "targets", "plan_b")
+
+
+class Fallback(Section):
+    """One other way to pass the gates: the recipe with some keys changed."""
+
+    name: Name = Field(description="What the report calls it, such as prune-more.")
+    overrides: dict[str, Any] = Field(
+        min_length=1,
+        description="Values by dotted key, as in --set: {prune.pruning_ratio: 0.7}. A list is replaced as a whole.",
+    )
+
+    @field_validator("overrides")
+    @classmethod
+    def _same_goal(cls, overrides: dict[str, Any]) -> dict[str, Any]:
+        fixed = [key for key in overrides if key.split(".")[0] in FIXED_IN_PLAN_B]
+        if fixed:
+            raise ValueError(f"a fallback cannot change {', '.join(fixed)}: it must pass the same gates")
+        return overrides
+
+
+class PlanBConfig(Section):
+    """What to try on a target that misses a gate. A list stands for its ``fallbacks`` alone."""
+
+    fallbacks: tuple[Fallback, ...] = Field(
+        min_length=1, description="In the order in which they are tried, until one passes."
+    )
+    max_tries: int | None = Field(default=None, ge=1, description="Fallbacks to try at most; all by default.")
+    max_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="No fallback is begun later than this after the first; no limit by default.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_list(cls, value: Any) -> Any:
+        return {"fallbacks": value} if isinstance(value, (list, tuple)) else value
+
+    @field_validator("fallbacks")
+    @classmethod
+    def _distinct(cls, fallbacks: tuple[Fallback, ...]) -> tuple[Fallback, ...]:
+        names = [fallback.name for fallback in fallbacks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"give every fallback a name of its own: {', '.join(names)}")
+        return fallbacks
+
+
 class Recipe(Section):
     """One deployment: a workload, what is done to it, and what must hold at the end."""
 
@@ -788,6 +837,10 @@ class Recipe(Section):
         min_length=1, description="Rows of the stage table, baseline first."
     )
     gates: tuple[Gate, ...] = Field(default=(), description="Limits that decide the exit code.")
+    plan_b: PlanBConfig | None = Field(
+        default=None,
+        description="Fallbacks for targets on which a gate fails, tried there one after the other.",
+    )
     targets: tuple[TargetChoice, ...] = Field(
         default=("loopback",),
         min_length=1,

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from jetway.configs.load import fallback_recipes
 from jetway.configs.schema import (
     BenchmarkConfig,
     DistillationConfig,
@@ -23,13 +24,13 @@ from jetway.tasks.calibrate import calibration_sets
 from jetway.tasks.calibration import calibration_set
 from jetway.tasks.contract import Contract, JetPack, contract_of
 from jetway.tasks.depth import matching_containers
-from jetway.tasks.errors import ConfigError
+from jetway.tasks.errors import ConfigError, JetwayError
 from jetway.tasks.export import onnx_node_names
 from jetway.tasks.features import feature_names
 from jetway.tasks.load import NO_BASELINE, checkpoint_input
 from jetway.tasks.lowering.for_tensorrt import check_patterns
 from jetway.tasks.patterns import matching_attention, matching_names, prunable_names
-from jetway.tasks.preflight import check_target, probe_target
+from jetway.tasks.preflight import check_target, probe_target, warn_of_fallbacks
 from jetway.tasks.quantization import matching_modules
 from jetway.tasks.requirements import profile_problems
 from jetway.tasks.target.session import open_target
@@ -40,11 +41,28 @@ from jetway.tasks.workload import Workload, check_workload
 
 def check_recipe(recipe: Recipe, path: Path, targets: Sequence[Target]) -> None:
     """Raises what a run would raise before it trains anything."""
+    check_without_targets(recipe, path)
+    for target in targets:
+        info = probe(target, recipe.benchmark)
+        check_target(recipe, target, info)
+        warn_of_fallbacks(recipe, target, info)
+
+
+def check_without_targets(recipe: Recipe, path: Path) -> None:
+    """Raises what a run would raise before it has looked at a target."""
     workload = make_context(recipe, path, Observer()).workload
     check_workload(workload)
     check_recipe_fits(recipe, path, workload)
-    for target in targets:
-        check_target(recipe, target, probe(target, recipe.benchmark))
+    check_fallbacks(recipe, path)
+
+
+def check_fallbacks(recipe: Recipe, path: Path) -> None:
+    """The same for every fallback of the recipe. Raises ConfigError with the name of the one that cannot be."""
+    for name, other in fallback_recipes(recipe, source=str(path)).items():
+        try:
+            check_without_targets(other, path)
+        except JetwayError as exc:
+            raise ConfigError(f"{path}, plan_b {name}: {exc}") from exc
 
 
 def check_recipe_fits(recipe: Recipe, path: Path, workload: Workload) -> None:

@@ -58,12 +58,14 @@ class _Cleaning:
         runs = [run for run in tracker.pipeline_runs() if self._ours(run)]
         running = [run for run in runs if run.status == "RUNNING"]
         champions = {champion.run_id for champion in tracker.champions()}
-        self.kept = [
+        kept = [
             run
             for number, run in enumerate(runs)
             if number < keep or run in running or run.run_id in champions
         ]
-        self.older = [run for run in runs if run not in self.kept]
+        self.kept_runs = len(kept)
+        self.kept = self._with_fallbacks(kept)
+        self.older = self._with_fallbacks([run for run in runs if run not in kept])
         self.in_use_since_s = _oldest_s(running)
         self.freed_bytes = 0
 
@@ -78,7 +80,7 @@ class _Cleaning:
             removed_entries = self._remove_entries([e for e in entries if e not in kept_entries])
             self._remove_large_files([*self.older, *self._children(self.older)])
         return CleanReport(
-            kept_runs=len(self.kept),
+            kept_runs=self.kept_runs,
             removed_files=self._remove_store_files(digests),
             removed_entries=removed_entries,
             removed_folders=self._remove_folders(),
@@ -97,6 +99,9 @@ class _Cleaning:
     def _in_use(self, path: Path) -> bool:
         """Whether a running pipeline may have made or taken up the file."""
         return path.exists() and path.stat().st_mtime >= self.in_use_since_s
+
+    def _with_fallbacks(self, runs: Sequence[RunRecord]) -> list[RunRecord]:
+        return [*runs, *(tried for run in runs for tried in self.tracker.fallbacks(run.run_id))]
 
     def _children(self, runs: Iterable[RunRecord]) -> list[RunRecord]:
         return [child for run in runs for child in self.tracker.children(run.run_id)]

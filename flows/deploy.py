@@ -31,9 +31,11 @@ from jetway.configs.schema import (
     Variant,
 )
 from jetway.flows.cascade import open_classifier, run_cascade
+from jetway.flows.check import check_fallbacks
 from jetway.flows.fleet import open_fleet
 from jetway.flows.pipeline import Pipeline, open_pipeline
-from jetway.flows.record import Measured, Network, RunResult, conclude, make_rows
+from jetway.flows.plan_b import climb
+from jetway.flows.record import Attempt, Measured, Network, RunResult, conclude, make_rows
 from jetway.flows.report import log_report
 from jetway.flows.server import QUEUE_TIMEOUT_S, queue_for
 from jetway.tasks.analyze import analyze
@@ -42,7 +44,7 @@ from jetway.tasks.benchmark import benchmark
 from jetway.tasks.build import build
 from jetway.tasks.calibrate import calibrate, calibration_sets
 from jetway.tasks.compare import compare
-from jetway.tasks.errors import JetwayError
+from jetway.tasks.errors import FleetError
 from jetway.tasks.evaluate import evaluate
 from jetway.tasks.export import export
 from jetway.tasks.finetune import finetune
@@ -78,17 +80,18 @@ def deploy(
     are ``key=value``, as in ``jetway run --set``; ``busy_timeout_s`` replaces that of every target.
     """
     with open_pipeline(recipe, targets, overrides or [], busy_timeout_s) as run:
-        result, error = attempt(run)
-        if error:
-            raise error
+        check_fallbacks(run.recipe, run.path)
+        first = attempt(run)
+        result = climb(run, first, attempt)
+        if isinstance(first.error, FleetError):
+            first.error.result = result
+        if first.error:
+            raise first.error
         return result
 
 
-def attempt(run: Pipeline) -> tuple[RunResult, JetwayError | None]:
-    """The recipe once on its targets: what is recorded, and the error of those that gave no result, if any.
-
-    Raises when no target gives one.
-    """
+def attempt(run: Pipeline) -> Attempt:
+    """The recipe once on its targets. Raises when none gives a result."""
     with open_classifier(run) as classifier, open_fleet(run) as fleet:
         fleet.wait_for_first()
         networks = make_networks(run)
@@ -100,7 +103,7 @@ def attempt(run: Pipeline) -> tuple[RunResult, JetwayError | None]:
         result = conclude(run, rows, measured, networks, fleet.outcomes(rows))
     with run.context.timed("report"):
         log_report(run.tracker, run.run_id)
-    return result, fleet.error(result)
+    return Attempt(result, measured, fleet.error(result))
 
 
 def make_networks(run: Pipeline) -> dict[str, Network]:

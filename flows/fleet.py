@@ -10,6 +10,7 @@ from contextvars import copy_context
 from functools import partial
 from typing import TypeVar
 
+from httpx import HTTPError
 from prefect.exceptions import PrefectException
 
 from jetway.configs.schema import Target
@@ -95,7 +96,7 @@ class Fleet:
     def _guarded(self, work: Callable[[Target], T], target: Target) -> T:
         try:
             return work(target)
-        except (TrackingError, PrefectException):
+        except (TrackingError, PrefectException, HTTPError):
             raise
         except Exception as exc:
             self._lose(target, exc)

@@ -91,12 +91,17 @@ class Pipeline:
         observer: Observer,
         *,
         skipped: Sequence[TargetOutcome] = (),
+        parent: str = "",
+        fallback: str = "",
     ) -> None:
         self.recipe = recipe
         self.path = path
         self.targets = tuple(targets)
         #: Those that were asked for and are not run on.
         self.skipped = tuple(skipped)
+        #: Of a fallback: the run that missed a gate, and its name in plan_b.
+        self.parent = parent
+        self.fallback = fallback
         self.tracker = tracker
         self.observer = observer
         self.context = make_context(recipe, path, observer)
@@ -112,7 +117,11 @@ class Pipeline:
         name = f"{self.recipe.name} {datetime.now():%Y-%m-%d %H:%M:%S}"
         host = {"host.threads": self.context.threads, "host.device": self.context.device}
         params = flat_params(self.recipe) | host
-        self.run_id = self.tracker.start_run(self.recipe.name, params, tags, run_name=name)
+        if self.parent:
+            own, name = {"fallback": self.fallback}, f"plan B {self.fallback}"
+            self.run_id = self.tracker.start_child(self.parent, name, params, tags | own, kind="fallback")
+        else:
+            self.run_id = self.tracker.start_run(self.recipe.name, params, tags, run_name=name)
         self.observer.on_start(self.run_id)
         end_zombies(self.tracker)
         self.context.index = MlflowStageIndex(self.tracker, self.context.store, run_id=self.run_id)

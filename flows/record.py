@@ -13,9 +13,10 @@ from jetway.flows.pipeline import Pipeline
 from jetway.tasks.artifacts import Checkpoint, Engine, OnnxModel, StageOutput
 from jetway.tasks.cascade_result import CascadeResult, VariantCascade, cascade_markdown
 from jetway.tasks.cascade_unit import Behind
-from jetway.tasks.errors import FleetError
-from jetway.tasks.gates import gates_exit_code
+from jetway.tasks.errors import FleetError, JetwayError
+from jetway.tasks.gates import worst_exit_code
 from jetway.tasks.int8_report import int8_reports, report_markdown
+from jetway.tasks.ladder import Rung
 from jetway.tasks.layer_table import layers_csv
 from jetway.tasks.measurement import BenchmarkResult, Evaluation
 from jetway.tasks.metrics import Metric
@@ -84,6 +85,22 @@ class Measured:
         return [*streamed, *([self.cascade.variants[variant]] if self.cascade else [])]
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """A recipe once on its targets: what is recorded of it, and the error of those without a result, if any."""
+
+    result: RunResult
+    measured: Sequence[Measured]
+    error: JetwayError | None
+
+    def rows_of(self, target: str) -> list[VariantResult]:
+        return [row for row in self.result.rows if row.target == target]
+
+    def canary_ms(self, target: str) -> float | None:
+        """Median of the canary in the target's session."""
+        return next(one.benchmark.canary.p50_ms for one in self.measured if one.target.name == target)
+
+
 class RunResult(BaseModel):
     """What a finished flow returns."""
 
@@ -93,6 +110,8 @@ class RunResult(BaseModel):
     exit_code: int
     rows: tuple[VariantResult, ...]
     targets: tuple[TargetOutcome, ...] = ()
+    #: Fallbacks, where the rows missed a gate.
+    ladder: tuple[Rung, ...] = ()
     task_metrics: tuple[Metric, ...]
 
 
@@ -179,7 +198,7 @@ def conclude(
         run.tracker.rename(run.run_id, run.tracker.run(run.run_id).name + SIMULATED)
     result = RunResult(
         run_id=run.run_id,
-        exit_code=run_exit_code(rows, outcomes),
+        exit_code=run_exit_code(outcomes),
         rows=tuple(rows),
         targets=tuple(outcomes),
         task_metrics=tuple(metrics),
@@ -196,13 +215,14 @@ def outcome_tags(outcomes: Sequence[TargetOutcome]) -> dict[str, str]:
     return {tag: ", ".join(names) for tag, names in found.items()}
 
 
-def run_exit_code(rows: Sequence[VariantResult], outcomes: Sequence[TargetOutcome]) -> int:
-    """That of the gates, unless a target failed: then its own if it is alone, else that of a FleetError."""
-    lost = failed(outcomes)
-    if not lost:
-        return gates_exit_code(rows)
+def run_exit_code(outcomes: Sequence[TargetOutcome]) -> int:
+    """The gates' of all targets that were run on, as of one; where some failed, that of a FleetError, or its own of one
+    that is alone."""
     tried = [one for one in outcomes if one.status is not TargetStatus.QUARANTINED]
-    return lost[0].exit_code if len(tried) == 1 else FleetError.exit_code
+    lost = failed(tried)
+    if lost:
+        return lost[0].exit_code if len(tried) == 1 else FleetError.exit_code
+    return worst_exit_code(one.exit_code for one in tried)
 
 
 def description_of(run: Pipeline, table: str, measured: Sequence[Measured]) -> str:

@@ -31,7 +31,7 @@ from jetway.tasks.tracking.values import RunRecord
 logger = logging.getLogger("jetway")
 
 #: Keys of a recipe that stand elsewhere in the report.
-TOLD_ELSEWHERE = ("schema_version", "name", "description", "variants", "gates", "targets")
+TOLD_ELSEWHERE = ("schema_version", "name", "description", "variants", "gates", "targets", "plan_b")
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -105,6 +105,7 @@ class _Reader:
             settings=settings_of(recipe),
             environment=self.tracker.load_json(self.run.run_id, "environment.json"),
             lineage=[self.lineage(child) for child in self.tracker.children(self.run.run_id)],
+            ladder=result.ladder,
             without_result=without_result(result.targets),
         )
 

@@ -13,10 +13,10 @@ from httpx import HTTPError
 from prefect.exceptions import PrefectException
 
 from jetway.configs.load import load_recipe, load_targets
-from jetway.flows.check import check_recipe_fits
+from jetway.flows.check import check_without_targets
 from jetway.flows.deploy import deploy
 from jetway.flows.failure import Failure
-from jetway.flows.pipeline import OBSERVER, Observer, make_context, observing
+from jetway.flows.pipeline import OBSERVER, Observer, observing
 from jetway.flows.record import REPORT_PATH, RESULT_PATH, RunResult
 from jetway.flows.server import Server, prefect_settings
 from jetway.flows.show import print_result
@@ -26,7 +26,6 @@ from jetway.tasks.stage import FinishedStage
 from jetway.tasks.table import run_json
 from jetway.tasks.target.jobs import interrupt_jobs
 from jetway.tasks.tracking.tracker import Tracker
-from jetway.tasks.workload import check_workload
 
 logger = logging.getLogger("jetway")
 
@@ -121,9 +120,7 @@ def check_inputs(server: Server, recipe_name: str, targets: list[str] | None, ov
     try:
         recipe, path = load_recipe(recipe_name, overrides)
         load_targets(targets or recipe.targets, near=path)
-        workload = make_context(recipe, path, Observer()).workload
-        check_workload(workload)
-        check_recipe_fits(recipe, path, workload)
+        check_without_targets(recipe, path)
     except JetwayError:
         server.stop_if_spawned()
         raise
@@ -181,4 +178,5 @@ def document(
     exit_code = exit_code_of(failure, result)
     rows, targets = (result.rows, result.targets) if result else ((), ())
     told = run_json(observer.run_id, status, exit_code, stages, overhead_s, rows, targets)
+    told["ladder"] = [rung.model_dump(mode="json") for rung in result.ladder] if result else []
     return {**told, "error": failure.error} if failure else told

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from jetway.flows.record import RESULT_PATH, RunResult
 from jetway.tasks.errors import TrackingError
+from jetway.tasks.ladder import ladder_table
 from jetway.tasks.results import without_result
 from jetway.tasks.table import outcome_line, stage_table, table_notes
 from jetway.tasks.tracking.tracker import Tracker
@@ -45,5 +46,7 @@ def print_result(result: RunResult) -> None:
     """The stage table, and below it what is invalid and which gates did not pass."""
     console = Console()
     console.print(stage_table(result.rows, result.task_metrics, width=console.width))
+    if result.ladder:
+        console.print(ladder_table(result.ladder))
     for note in [*table_notes(result.rows), *map(outcome_line, without_result(result.targets))]:
         console.print(note, highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from jetway.tasks.errors import TrackingError
 from jetway.tasks.gates import winner
 from jetway.tasks.results import VariantResult
 from jetway.tasks.tracking.tracker import Tracker
-from jetway.tasks.tracking.values import RunRecord
+from jetway.tasks.tracking.values import PLAN_B_TAG, RunRecord
 from jetway.tasks.workload import Record
 
 ENGINE_PATH = f"engine{Engine.suffix}"
@@ -76,7 +76,9 @@ def find_deployment(tracker: Tracker, recipe: str, target: str) -> Deployment:
 
     Raises TrackingError without such a run, or when every variant of it failed a gate.
     """
-    run = latest_run(tracker, recipe, target)
+    newest = latest_run(tracker, recipe, target)
+    fallback = newest.tags.get(f"{PLAN_B_TAG}.{target}")
+    run = tracker.run(fallback) if fallback else newest
     children = {
         child.tags["variant"]: child.run_id
         for child in tracker.children(run.run_id)

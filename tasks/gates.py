@@ -55,6 +55,12 @@ def gates_exit_code(rows: Iterable[VariantResult]) -> int:
     return EXIT_PASSED
 
 
+def worst_exit_code(codes: Iterable[int]) -> int:
+    """Of several targets, each with the exit code of its gates."""
+    given = set(codes)
+    return next((code for code in (EXIT_GATE_MISSED, EXIT_NO_VERDICT) if code in given), EXIT_PASSED)
+
+
 def winner(rows: Iterable[VariantResult]) -> VariantResult | None:
     """What to deploy of one target's rows: the fastest at the median whose gates did not fail.
 

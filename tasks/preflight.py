@@ -7,6 +7,7 @@ import logging
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from jetway.configs.load import fallback_recipes
 from jetway.configs.schema import BenchmarkConfig, EngineName, Precision, Recipe, Target
 from jetway.tasks.contract import BF16_OPSET, contract_of
 from jetway.tasks.errors import TargetBusyError, TargetMismatchError
@@ -60,6 +61,15 @@ def check_target(recipe: Recipe, target: Target, info: TargetInfo) -> None:
     on_cpu = target.engine is EngineName.ONNXRUNTIME
     if on_cpu and _has_int8(recipe) and not info.cpu.int8_instruction_sets:
         logger.warning("%s has no int8 instructions: int8 variants may be slower than fp32.", target.name)
+
+
+def warn_of_fallbacks(recipe: Recipe, target: Target, info: TargetInfo) -> None:
+    """Says at once which fallbacks of the recipe cannot run there; the others may still pass."""
+    for name, other in fallback_recipes(recipe).items():
+        try:
+            check_target(other, target, info)
+        except TargetMismatchError as exc:
+            logger.warning("plan_b %s will fail there: %s", name, exc)
 
 
 def doubts(recipe: Recipe, target: Target, info: TargetInfo) -> list[str]:
@@ -127,4 +137,5 @@ def preflight(context: StageContext, target: Target, recipe: Recipe) -> TargetIn
         info = probe_target(session, recipe.benchmark)
     check_free(target, info)
     check_target(recipe, target, info)
+    warn_of_fallbacks(recipe, target, info)
     return info

@@ -174,6 +174,9 @@ class TargetOutcome(_Value):
     status: TargetStatus
     error: str = ""
     exit_code: int
+    plan_b: str = Field(
+        default="", description="The fallback that passed the gates, where the recipe did not."
+    )
 
     @property
     def told(self) -> str:

@@ -26,6 +26,7 @@ ON_TARGETS = {
         "fleet",
         "interrupted",
         "package",
+        "plan_b",
         "target_connection",
         "target_jobs",
         "target_loopback",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jetway.tasks.gates import winner
+from jetway.tasks.ladder import Rung
 from jetway.tasks.metrics import Metric
 from jetway.tasks.report.material import baseline_of
 from jetway.tasks.report.words import (
@@ -46,17 +47,30 @@ class Headline:
         return {PASSED: "✓", MISSED: "✗", UNDECIDED: "?"}[self.tone]
 
 
-def run_headline(rows: Sequence[VariantResult], *, failed_targets: int = 0) -> Headline:
+def run_headline(
+    rows: Sequence[VariantResult], *, failed_targets: int = 0, ladder: Sequence[Rung] = ()
+) -> Headline:
     """Of the whole run: whether all gates passed on valid measurements. Of figures that no device gave, that first.
 
     ``failed_targets`` are those that gave no result.
     """
     told = _judged(rows)
+    if ladder and told.tone == MISSED:
+        told = _with_ladder(told, rows, ladder)
     if failed_targets:
         told = Headline(f"{count_of(failed_targets, 'target')} gave no result. {told.sentence}", MISSED)
     if not any(row.simulated for row in rows):
         return told
     return Headline(f"Simulated: {told.sentence}", UNDECIDED if told.tone == PASSED else told.tone)
+
+
+def _with_ladder(told: Headline, rows: Sequence[VariantResult], ladder: Sequence[Rung]) -> Headline:
+    """A gate that failed, and what plan B made of it."""
+    passed = {target: rung.name for rung in ladder for target in rung.passed}
+    missed = {row.target for row in rows for gate in row.gates if gate.verdict is Verdict.FAIL}
+    names = listed([f"{name} passed on {target}" for target, name in passed.items()])
+    tone = PASSED if missed <= set(passed) else MISSED
+    return Headline(f"{told.sentence}. Plan B: {names or 'no fallback passed'}", tone)
 
 
 def _judged(rows: Sequence[VariantResult]) -> Headline:

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from jetway.tasks.cascade_result import CascadeResult
+from jetway.tasks.ladder import Rung
 from jetway.tasks.measurement import BenchmarkResult
 from jetway.tasks.metrics import Metric
 from jetway.tasks.results import BASELINE, TargetOutcome, VariantResult
@@ -52,6 +53,7 @@ class RunMaterial:
     settings: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     lineage: Sequence[Lineage] = ()
+    ladder: Sequence[Rung] = ()
     without_result: Sequence[TargetOutcome] = ()
 
     @property

@@ -8,7 +8,7 @@ from jetway.tasks.report.headline import run_headline
 from jetway.tasks.report.material import RunMaterial
 from jetway.tasks.report.page import render
 from jetway.tasks.report.sections import target_section
-from jetway.tasks.report.tables import gates_table, lineage_table, validity_table
+from jetway.tasks.report.tables import gates_table, ladder_table, lineage_table, validity_table
 from jetway.tasks.results import Validity, VariantResult, failed
 from jetway.tasks.table import outcome_line, table_notes
 from jetway.tasks.target_info import TargetInfo
@@ -22,9 +22,10 @@ def report_html(run: RunMaterial) -> str:
         title=run.name,
         simulated=run.simulated,
         run=run,
-        headline=run_headline(run.rows, failed_targets=len(failed(run.without_result))),
+        headline=run_headline(run.rows, failed_targets=len(failed(run.without_result)), ladder=run.ladder),
         without_result=[outcome_line(one) for one in run.without_result],
         sections=[target_section(run, name, f"target-{index}") for index, name in targets],
+        ladder=ladder_table(run.ladder),
         gates=gates_table(run.rows),
         validity=validity_table(run),
         notes=notes_of(run.rows),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jetway.tasks.gates import winner
+from jetway.tasks.ladder import TITLES, Rung, RungStatus, ladder_lines
 from jetway.tasks.metrics import Metric
 from jetway.tasks.report.material import Lineage, RunMaterial
 from jetway.tasks.report.words import interval_text
@@ -16,6 +17,12 @@ from jetway.tasks.table import Column, columns_of
 FIRST_COLUMNS = ("variant", "p50 ms", "size")
 #: How a verdict looks, the worst first; the mark is for those who do not tell colours.
 VERDICTS = {Verdict.FAIL: ("bad", "✗"), Verdict.UNKNOWN: ("unsure", "?"), Verdict.PASS: ("good", "✓")}
+RUNG_TONES = {
+    RungStatus.PASSED: "good",
+    RungStatus.MISSED: "bad",
+    RungStatus.FAILED: "bad",
+    RungStatus.NOT_TRIED: "",
+}
 DIGEST_CHARACTERS = 16
 NOTHING = "–"
 
@@ -101,6 +108,20 @@ def _gate_cells(row: VariantResult, gate: GateVerdict) -> tuple[Cell, ...]:
         Cell(f"{gate.limit:g}", "figure"),
         Cell("nothing" if gate.value is None else f"{gate.value:.4g}", "figure"),
         Cell(interval_text(gate.interval) or NOTHING, "figure"),
+    )
+
+
+def ladder_table(ladder: Sequence[Rung]) -> Table | None:
+    """What each fallback gave on each target; None without a ladder."""
+    if not ladder:
+        return None
+    return Table(
+        caption="The fallbacks in the recipe's order",
+        titles=tuple(Cell(title) for title in TITLES),
+        rows=tuple(
+            tuple(Cell(text, f"words {RUNG_TONES[status]}") for text in cells)
+            for status, cells in ladder_lines(ladder)
+        ),
     )
 
 

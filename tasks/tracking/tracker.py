@@ -54,6 +54,7 @@ from jetway.tasks.tracking.values import (
     PROCESS_TAG,
     TAGS_A_BATCH,
     TOKEN_TAG,
+    ChildKind,
     Files,
     RunRecord,
     Status,
@@ -127,13 +128,15 @@ class Tracker:
         name: str,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
+        *,
+        kind: ChildKind = "variant",
     ) -> str:
-        """Starts the run of one variant on one target under its parent. Returns its run id."""
+        """Starts a run under its parent: of one variant on one target, or of a fallback. Returns its run id."""
         experiment = (
             self._started[parent_id] if parent_id in self._started else self.run(parent_id).experiment
         )
         inherited = {"recipe": experiment, PARENT_TAG: parent_id}
-        return self._create(experiment, "variant", params, {**inherited, **(tags or {})}, name)
+        return self._create(experiment, kind, params, {**inherited, **(tags or {})}, name)
 
     def start_stage(self, experiment: str, stage: str, tags: Mapping[str, str], *, unless: str) -> str:
         """Starts the run that will hold one finished stage's files. Returns its run id.
@@ -258,7 +261,8 @@ class Tracker:
         return self._ask(f"read run {run_id}", lambda: self._record(self._client.get_run(run_id)))
 
     def find_run(self, id_or_prefix: str) -> RunRecord:
-        """The pipeline run whose id starts with the text, or whose name it is; ``latest`` is the newest.
+        """The pipeline run or fallback whose id starts with the text, or whose name it is; ``latest`` is the newest
+        pipeline run.
 
         Raises TrackingError when there is none, or when several fit.
         """
@@ -267,7 +271,7 @@ class Tracker:
         elif _FULL_ID.fullmatch(id_or_prefix):
             found = self.search(f"{PIPELINE} AND attributes.run_id = '{id_or_prefix}'")
         else:
-            everything = self.pipeline_runs()
+            everything = self.pipeline_runs() + self.search(f"tags.`{KIND_TAG}` = 'fallback'")
             found = [run for run in everything if run.run_id.startswith(id_or_prefix)]
             found = found or [run for run in everything if run.name == id_or_prefix]
         if len(found) == 1:
@@ -296,8 +300,15 @@ class Tracker:
         return self.search(PIPELINE, limit=limit)
 
     def children(self, run_id: str) -> list[RunRecord]:
-        """The variants' runs of a pipeline run, oldest first."""
-        return self.search(f"tags.`{PARENT_TAG}` = '{run_id}'")[::-1]
+        """The variants' runs of a pipeline run or a fallback, oldest first."""
+        return self._below(run_id, "variant")
+
+    def fallbacks(self, run_id: str) -> list[RunRecord]:
+        """The fallbacks that a pipeline run tried, oldest first."""
+        return self._below(run_id, "fallback")
+
+    def _below(self, run_id: str, kind: ChildKind) -> list[RunRecord]:
+        return self.search(f"tags.`{PARENT_TAG}` = '{run_id}' AND tags.`{KIND_TAG}` = '{kind}'")[::-1]
 
     def search(self, query: str, *, experiment: str | None = None, limit: int = 10_000) -> list[RunRecord]:
         """Runs that fit an MLflow search string, newest first; in all experiments unless one is named."""

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from jetway.tasks.artifacts import AnyHandle, Handle
 
+#: What a pipeline run, or a fallback of it, has below it.
+ChildKind = Literal["variant", "fallback"]
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Files = Mapping[str, tuple[Handle, Path]]
 
@@ -30,6 +32,8 @@ PROCESS_TAG = "jetway.pid"
 #: Tells a run that was made from one that is still to be made.
 TOKEN_TAG = "jetway.token"
 PARENT_TAG = "mlflow.parentRunId"
+#: Which fallbacks passed where; with a target's name behind it, the run of the one that passed there.
+PLAN_B_TAG = "plan_b"
 NOTE_TAG = "mlflow.note.content"
 
 #: Experiment of the nightly runs, of all recipes.
