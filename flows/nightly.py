@@ -17,6 +17,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from prefect.utilities.annotations import allow_failure
 
@@ -49,7 +50,11 @@ logger = logging.getLogger("jetway")
 BUDGET_MINUTES = 10.0
 
 
-@flow(name="nightly", flow_run_name="nightly {recipes}", persist_result=False)
+def run_name() -> str:
+    return f"nightly {', '.join(flow_run.parameters['recipes'])}"
+
+
+@flow(name="nightly", flow_run_name=run_name, persist_result=False)
 def nightly(
     recipes: list[str],
     targets: list[str] | None = None,

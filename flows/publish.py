@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from datetime import UTC, datetime
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.events import emit_event
 
 from jetway.flows.record import SIMULATED, validity_of, worst_gate
-from jetway.tasks.duel import DuelResult
+from jetway.tasks.comparison import EXACT_METRICS
+from jetway.tasks.duel import METRIC, DuelResult
+from jetway.tasks.history import NIGHTS_SHOWN, Series, read_series
 from jetway.tasks.nightly import NightResult, NightRow, night_figures, night_markdown, row_markdown
+from jetway.tasks.report.nightly_page import NightMaterial, night_html
 from jetway.tasks.tracking.tracker import Tracker
+from jetway.tasks.tracking.values import NIGHTS
+
+logger = logging.getLogger("jetway")
 
 EVENT_PREFIX = "jetway.verdict."
 PAGE_PATH = "nightly.html"
@@ -93,8 +101,28 @@ def links_of(tracker: Tracker, row: NightRow) -> str:
 
 
 def log_night(tracker: Tracker, result: NightResult) -> None:
-    """The verdict of the whole night as its run's tags and description."""
+    """The verdict of the whole night as its run's tags and description, and its page."""
     statuses = sorted({row.status for row in result.rows})
     tracker.set_tags(result.run_id, {"verdict": ", ".join(statuses), "exit_code": str(result.exit_code)})
     tracker.log_json(result.run_id, RESULT_PATH, result.model_dump(mode="json"))
-    tracker.describe(result.run_id, f"{result.message}\n\n{night_markdown(result.rows)}")
+    log_page(tracker, result)
+    page = f"[The page of the night]({tracker.page_of(result.run_id, PAGE_PATH)}) has charts of the nights before."
+    tracker.describe(result.run_id, f"{result.message}\n\n{page}\n\n{night_markdown(result.rows)}")
+
+
+def log_page(tracker: Tracker, result: NightResult) -> None:
+    """A page that cannot be drawn is a bug of ours and told as an error, but a night's verdicts stand without it."""
+    history = {row.name: history_of(tracker, row) for row in result.rows}
+    try:
+        page = night_html(NightMaterial(datetime.now(UTC), result, history))
+    except Exception:
+        logger.exception("night %s has no page, because it cannot be drawn", result.run_id[:8])
+        return
+    tracker.log_text(result.run_id, PAGE_PATH, page)
+
+
+def history_of(tracker: Tracker, row: NightRow) -> list[Series]:
+    """Every figure of the recipe on the class of targets over the nights up to this one."""
+    query = f"tags.recipe = '{row.recipe}' AND tags.target_class = '{row.target_class}'"
+    nights = tracker.search(query, experiment=NIGHTS, limit=NIGHTS_SHOWN)
+    return read_series(nights, (METRIC, *(metric.name for metric in row.task_metrics), *EXACT_METRICS))

@@ -25,6 +25,9 @@ CHANGES = {
     Change.SAME: ("", "=", "within the margin"),
 }
 Judged = tuple[ComparedRow, ComparedMetric]
+Sides = tuple[str, str]
+#: What is compared, where nothing else is said.
+RUNS: Sides = ("first run", "second run")
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,13 @@ class ComparisonMaterial:
 
     @property
     def judged(self) -> list[Judged]:
-        """Every metric of every row, the worst change first."""
-        found = [(row, metric) for row in self.rows for metric in row.metrics]
-        return sorted(found, key=lambda one: list(CHANGES).index(one[1].change))
+        return judged_metrics(self.rows)
+
+
+def judged_metrics(rows: Sequence[ComparedRow]) -> list[Judged]:
+    """Every metric of every row, the worst change first."""
+    found = [(row, metric) for row in rows for metric in row.metrics]
+    return sorted(found, key=lambda one: list(CHANGES).index(one[1].change))
 
 
 def comparison_html(comparison: ComparisonMaterial) -> str:
@@ -74,23 +81,24 @@ def comparison_headline(comparison: ComparisonMaterial) -> Headline:
         Change.IMPROVED: f"Nothing is worse; better: {listed(named)}",
         Change.SAME: "Nothing changed beyond the margins",
     }[worst]
-    return Headline(sentence, CHANGES[worst][0] or PASSED, tuple(_tiles(judged)))
+    return Headline(sentence, CHANGES[worst][0] or PASSED, change_tiles(judged))
 
 
-def _tiles(judged: Sequence[Judged]) -> list[Tile]:
+def change_tiles(judged: Sequence[Judged]) -> tuple[Tile, ...]:
+    """How many figures changed in each way."""
     counts = Counter(metric.change for _, metric in judged)
-    return [
+    return tuple(
         Tile(change, f"{counts[change]}", meaning, tone if counts[change] else "")
         for change, (tone, _, meaning) in CHANGES.items()
-    ]
+    )
 
 
-def changes_table(judged: Sequence[Judged]) -> Table:
-    """Every figure of both runs, the worst change first, and why one has no verdict."""
-    titles = ("verdict", "metric", "variant", "target", "first", "second", "change", "95 % interval", "why")
+def changes_table(judged: Sequence[Judged], sides: Sides = RUNS) -> Table:
+    """Every figure of both sides, the worst change first, and why one has no verdict."""
+    titles = ("verdict", "metric", "variant", "target", *sides, "change", "95 % interval", "why")
     kinds = ("words",) * 4 + ("figure",) * 4 + ("words",)
     return Table(
-        caption="What changed from the first run to the second",
+        caption=f"What changed from the {sides[0]} to the {sides[1]}",
         titles=tuple(Cell(title, kind) for title, kind in zip(titles, kinds, strict=True)),
         rows=tuple(_change_cells(row, metric) for row, metric in judged),
     )
@@ -108,14 +116,15 @@ def _change_cells(row: ComparedRow, metric: ComparedMetric) -> tuple[Cell, ...]:
     )
 
 
-def effect_figures(judged: Sequence[Judged]) -> list[Figure]:
+def effect_figures(judged: Sequence[Judged], sides: Sides = RUNS) -> list[Figure]:
     """A chart for each metric whose change has evidence."""
     told = [(row, metric) for row, metric in judged if metric.evidence]
     told.sort(key=lambda one: one[1].metric)
-    return [_effect_figure(name, list(group)) for name, group in groupby(told, key=lambda one: one[1].metric)]
+    groups = groupby(told, key=lambda one: one[1].metric)
+    return [_effect_figure(name, list(group), sides) for name, group in groups]
 
 
-def _effect_figure(name: str, judged: Sequence[Judged]) -> Figure:
+def _effect_figure(name: str, judged: Sequence[Judged], sides: Sides) -> Figure:
     simulated = any(row.simulated for row, _ in judged)
     evidence = [metric.evidence for _, metric in judged if metric.evidence]
     margin, in_runs = max(one.margin for one in evidence), evidence[0].unit == "runs"
@@ -124,8 +133,8 @@ def _effect_figure(name: str, judged: Sequence[Judged]) -> Figure:
         for index, ((row, metric), one) in enumerate(zip(judged, evidence, strict=True))
     ]
     title = f"How much worse {name} is{' (SIMULATED)' if simulated else ''}"
-    unit = "share of the first run's" if in_runs else f"drop of {name}"
-    paired = "runs measured in turns" if in_runs else "samples that both runs saw"
+    unit = f"share of the {sides[0]}'s" if in_runs else f"drop of {name}"
+    paired = "runs measured in turns" if in_runs else "samples that both sides saw"
     return Figure(
         title,
         draw_effects(effects, margin, unit, title=title, simulated=simulated),

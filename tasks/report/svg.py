@@ -173,18 +173,22 @@ class Frame:
     y: Scale
 
     def axes(self, x_title: str, y_title: str) -> Markup:
+        right, bottom = self.x.end, self.y.start
+        parts = [line(self.x(value), bottom, self.x(value), bottom + 4, "axis") for value in self.x.ticks()]
+        parts += tick_labels(self.x, bottom + 17)
+        parts += [self.upright(y_title), text(right, bottom + 34, x_title, anchor="end")]
+        return join(parts)
+
+    def upright(self, y_title: str) -> Markup:
+        """The grid of the score, its figures and name, and the line under it."""
         left, right, bottom, top = self.x.start, self.x.end, self.y.start, self.y.end
         across = self.y.ticks()
         parts = [line(left, self.y(value), right, self.y(value), "grid") for value in across]
-        parts += [line(self.x(value), bottom, self.x(value), bottom + 4, "axis") for value in self.x.ticks()]
         parts += [
             text(left - 6, self.y(value) + 4, label, anchor="end")
             for value, label in zip(across, tick_texts(across), strict=True)
         ]
-        parts += tick_labels(self.x, bottom + 17)
-        parts += [line(left, bottom, right, bottom, "axis")]
-        parts += [text(right, bottom + 34, x_title, anchor="end"), text(4, top - 12, y_title)]
-        return join(parts)
+        return join([*parts, line(left, bottom, right, bottom, "axis"), text(4, top - 12, y_title)])
 
 
 def _attribute(key: str) -> str:

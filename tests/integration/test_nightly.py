@@ -112,7 +112,7 @@ def changes(row):
     return {one["metric"]: one["change"] for one in row["compared"]["metrics"]}
 
 
-def test_first_night_and_a_regression(nights, broken, api, hook):
+def test_first_night_and_a_regression(nights, broken, api, hook, tmp_path):
     first = nights("nightly", broken, "nights.yaml", "--promote", "never", "--json")
     failed, new = first.json["rows"]
     assert (failed["status"], first.exit_code) == ("FAILED", 4)
@@ -141,7 +141,7 @@ def test_first_night_and_a_regression(nights, broken, api, hook):
     check_prefect(api, worse, second.json["message"])
     assert wait_until(lambda: posted), "the automation did not call the webhook"
     assert json.loads(posted[0])["text"].startswith("REGRESSED: nights on loopback (params ")
-    check_record(second.json)
+    check_record(second.json, tmp_path)
 
 
 def check_prefect(api, row, message):
@@ -158,7 +158,7 @@ def check_prefect(api, row, message):
     assert event["payload"]["verdicts"] == changes(row)
 
 
-def check_record(document):
+def check_record(document, tmp_path):
     """The night and its comparison in MLflow, with links to both runs."""
     tracker = Tracker()
     run = tracker.run(document["run_id"])
@@ -166,6 +166,9 @@ def check_record(document):
     (child,) = tracker.children(run.run_id)
     assert child.tags["verdict"] == "REGRESSED"
     assert child.metrics["size_bytes"] > 0
+    page = tracker.load_file(run.run_id, "nightly.html", tmp_path).read_text()
+    assert "top1, night by night" in page
+    assert "size_bytes, night by night" in page, "it changed"
     (row,) = document["rows"]
     for linked in (row["run_id"], row["champion"]["run_id"]):
         assert tracker.page_of_run(linked) in child.tags["mlflow.note.content"]

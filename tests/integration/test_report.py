@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+from doubles.finished_night import make_night
 from doubles.finished_run import VARIANTS, make_run, store_run
 
 from jetway.configs.load import load_recipe
@@ -16,6 +17,7 @@ from jetway.flows.record import REPORT_PATH, RESULT_PATH
 from jetway.flows.report import log_report
 from jetway.tasks.comparison import ComparedMetric, ComparedRow
 from jetway.tasks.report.comparison_page import ComparisonMaterial, comparison_html
+from jetway.tasks.report.nightly_page import night_html
 from jetway.tasks.report.run_page import report_html
 from jetway.tasks.store import Store
 from jetway.tasks.tracking.tracker import Tracker
@@ -144,6 +146,8 @@ def pages():
         "simulated": report_html(make_run(simulated=True, gates=["*: size_ratio <= 0.01"])),
         "invalid, long names": report_html(invalid),
         "comparison": comparison_html(compared()),
+        "night": night_html(make_night()),
+        "simulated night, long names": night_html(make_night(nights=1, variant=LONG, simulated=True)),
     }
 
 
