@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from prefect.runtime import flow_run
@@ -111,22 +111,24 @@ class Pipeline:
 
     def start(self) -> None:
         """Starts the MLflow run. Until here nothing has been written anywhere."""
-        tags = {"target": ", ".join(target.name for target in self.targets)}
-        if flow_run_id := flow_run.get_id():
-            tags[FLOW_RUN_TAG] = flow_run_id
-        name = f"{self.recipe.name} {datetime.now():%Y-%m-%d %H:%M:%S}"
         host = {"host.threads": self.context.threads, "host.device": self.context.device}
-        params = flat_params(self.recipe) | host
-        if self.parent:
-            own, name = {"fallback": self.fallback}, f"plan B {self.fallback}"
-            self.run_id = self.tracker.start_child(self.parent, name, params, tags | own, kind="fallback")
-        else:
-            self.run_id = self.tracker.start_run(self.recipe.name, params, tags, run_name=name)
+        tags = {"target": ", ".join(target.name for target in self.targets)}
+        self.run_id = self._start_run(flat_params(self.recipe) | host, tags)
         self.observer.on_start(self.run_id)
         end_zombies(self.tracker)
         self.context.index = MlflowStageIndex(self.tracker, self.context.store, run_id=self.run_id)
         self.tracker.log_text(self.run_id, "recipe.yaml", yaml_of(self.recipe))
         self.tracker.log_json(self.run_id, "environment.json", environment.describe_environment())
+
+    def _start_run(self, params: dict[str, Any], tags: dict[str, str]) -> str:
+        if self.parent:
+            tags |= {"fallback": self.fallback}
+            name = f"plan B {self.fallback}"
+            return self.tracker.start_child(self.parent, name, params, tags, kind="fallback")
+        if flow_run_id := flow_run.get_id():
+            tags |= {FLOW_RUN_TAG: flow_run_id}
+        name = f"{self.recipe.name} {datetime.now():%Y-%m-%d %H:%M:%S}"
+        return self.tracker.start_run(self.recipe.name, params, tags, run_name=name)
 
     @property
     def checkpoint(self) -> Path | None:

@@ -55,7 +55,9 @@ def _tell_prefect(tracker: Tracker, client: SyncPrefectClient) -> None:
 def _tell_mlflow(tracker: Tracker, client: SyncPrefectClient) -> None:
     for run in tracker.search("attributes.status = 'RUNNING' AND tags.`jetway.kind` = 'pipeline'"):
         if FLOW_RUN_TAG in run.tags and _has_crashed(client, run):
-            for one in (*tracker.children(run.run_id), run):
+            tried = tracker.fallbacks(run.run_id)
+            below = [child for one in (*tried, run) for child in tracker.children(one.run_id)]
+            for one in (*below, *tried, run):
                 if one.status == "RUNNING":
                     tracker.finish(one.run_id, "KILLED")
 

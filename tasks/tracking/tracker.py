@@ -300,15 +300,15 @@ class Tracker:
         return self.search(PIPELINE, limit=limit)
 
     def children(self, run_id: str) -> list[RunRecord]:
-        """The variants' runs of a pipeline run or a fallback, oldest first."""
-        return self._below(run_id, "variant")
+        """The runs right below a run but fallbacks, oldest first: of a pipeline run its variants."""
+        return self._below(run_id, f"tags.`{KIND_TAG}` != 'fallback'")
 
     def fallbacks(self, run_id: str) -> list[RunRecord]:
-        """The fallbacks that a pipeline run tried, oldest first."""
-        return self._below(run_id, "fallback")
+        """The fallbacks that a pipeline run tried, oldest first; each has variants below it."""
+        return self._below(run_id, f"tags.`{KIND_TAG}` = 'fallback'")
 
-    def _below(self, run_id: str, kind: ChildKind) -> list[RunRecord]:
-        return self.search(f"tags.`{PARENT_TAG}` = '{run_id}' AND tags.`{KIND_TAG}` = '{kind}'")[::-1]
+    def _below(self, run_id: str, kind: str) -> list[RunRecord]:
+        return self.search(f"tags.`{PARENT_TAG}` = '{run_id}' AND {kind}")[::-1]
 
     def search(self, query: str, *, experiment: str | None = None, limit: int = 10_000) -> list[RunRecord]:
         """Runs that fit an MLflow search string, newest first; in all experiments unless one is named."""
