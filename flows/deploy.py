@@ -76,8 +76,11 @@ def deploy(
 ) -> RunResult:
     """Deploys a recipe to its targets, and returns a row for each variant on each of them.
 
-    ``recipe`` is the name of a recipe or its YAML file; ``targets`` replaces the recipe's own; ``overrides``
-    are ``key=value``, as in ``jetway run --set``; ``busy_timeout_s`` replaces that of every target.
+    Args:
+        recipe: Name of a recipe, or the path of its YAML file in the project.
+        targets: Names of targets, or their YAML files, instead of those that the recipe names.
+        overrides: Keys of the recipe to change, each as key=value, such as qat.epochs=3.
+        busy_timeout_s: Longest wait for a busy target, in seconds, instead of each target's own; 0 fails at once.
     """
     with open_pipeline(recipe, targets, overrides or [], busy_timeout_s) as run:
         check_fallbacks(run.recipe, run.path)
