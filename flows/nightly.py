@@ -26,7 +26,7 @@ from jetway.configs.schema import Recipe, Target, Variant
 from jetway.flows.deploy import deploy
 from jetway.flows.in_turns import duel_engines, show_run
 from jetway.flows.pipeline import OBSERVER, Observer, SecondObserver, observing
-from jetway.flows.promote import class_of, promote_row
+from jetway.flows.promote import promote_row
 from jetway.flows.publish import log_night, publish_row
 from jetway.flows.stored_run import StoredRun
 from jetway.tasks.artifacts import Engine
@@ -37,7 +37,7 @@ from jetway.tasks.errors import JetwayError, StageError, TrackingError
 from jetway.tasks.gates import winner
 from jetway.tasks.nightly import NightResult, NightRow, Policy, how_to_promote, may_be_promoted
 from jetway.tasks.passport_changes import passport_changes
-from jetway.tasks.results import VariantResult
+from jetway.tasks.results import TargetOutcome, VariantResult
 from jetway.tasks.stage import Progress
 from jetway.tasks.target.session import TargetSession, open_target
 from jetway.tasks.tracking.registry import Champion, model_name
@@ -78,7 +78,7 @@ def nightly(
             candidate
             for name, recipe, path in wanted
             for candidate in deploy_recipe(
-                night, observer, Order(name, recipe, path, reached[name], overrides)
+                night, observer, Order(name, recipe, path, reached[name], targets, overrides)
             )
         ]
         rows = judge_night(night, candidates, Budget(minutes=budget_minutes), observer.progress)
@@ -107,6 +107,7 @@ class Order:
     recipe: Recipe
     path: Path
     targets: Sequence[Target]
+    choices: list[str] | None
     overrides: list[str] | None
 
 
@@ -127,6 +128,19 @@ class Candidate:
     def rows(self) -> list[VariantResult]:
         rows = self.run.result.rows if self.run else ()
         return [row for row in rows if row.target == self.target.name]
+
+    @property
+    def outcome(self) -> TargetOutcome | None:
+        """How the target ended, where the run got as far as to say."""
+        outcomes = self.run.result.targets if self.run else ()
+        return next((one for one in outcomes if one.name == self.target.name), None)
+
+    @property
+    def loss(self) -> JetwayError:
+        """Why there are no rows: what went wrong on the target, or with the recipe as a whole."""
+        if self.outcome and self.outcome.error:
+            return JetwayError(self.outcome.error, exit_code=self.outcome.exit_code)
+        return self.error or StageError(f"{self.name}: the run has no result for it.")
 
 
 @dataclass(frozen=True)
@@ -193,7 +207,7 @@ def deploy_recipe(night: Night, observer: Observer, order: Order) -> list[Candid
     own, error = SecondObserver(observer), None
     try:
         with observing(own):
-            deploy(order.name, [target.name for target in order.targets], order.overrides)
+            deploy(order.name, order.choices, order.overrides)
     except Exception as exc:
         if not isinstance(exc, JetwayError):
             logger.exception("%s: the deployment failed unexpectedly", order.recipe.name)
@@ -239,7 +253,7 @@ def failing(candidate: Candidate, failed: dict[str, NightRow]) -> Iterator[None]
         failed[candidate.name] = NightRow(
             recipe=candidate.recipe,
             target=candidate.target.name,
-            target_class=class_of(candidate.target),
+            target_class=candidate.target.target_class,
             run_id=candidate.run.run_id if candidate.run else "",
             error=str(exc),
             error_exit_code=exc.exit_code,
@@ -247,12 +261,15 @@ def failing(candidate: Candidate, failed: dict[str, NightRow]) -> Iterator[None]
 
 
 def find_contest(night: Night, candidate: Candidate) -> Contest:
-    """The champion's variant of tonight against the champion; tonight's winner where there is none of either."""
+    """The champion's variant of tonight against the champion; tonight's winner where there is none of either.
+
+    Raises what left the candidate without a result.
+    """
     if candidate.run is None or not candidate.rows:
-        raise candidate.error or StageError(f"{candidate.name}: the run has no result for it.")
+        raise candidate.loss
     rows = {row.variant: row for row in candidate.rows}
     best = winner(candidate.rows) or candidate.rows[0]
-    champion = night.tracker.champion(model_name(candidate.recipe, class_of(candidate.target)))
+    champion = night.tracker.champion(model_name(candidate.recipe, candidate.target.target_class))
     if champion is None:
         return Contest(candidate, candidate.run, best)
     holder = StoredRun(night.tracker, champion.run_id, candidate.run.path)
@@ -358,16 +375,18 @@ def with_latency_of(settled: Settled, contest: Contest, row: ComparedRow) -> Com
 
 def row_of(contest: Contest, compared: ComparedRow | None, notes: Sequence[str]) -> NightRow:
     candidate = contest.candidate
+    plan_b = candidate.outcome.plan_b if candidate.outcome else ""
+    fallback = [f"plan B {plan_b} passed the gates; it is not what is compared here"] if plan_b else []
     return NightRow(
         recipe=candidate.recipe,
         target=candidate.target.name,
-        target_class=class_of(candidate.target),
+        target_class=candidate.target.target_class,
         run_id=contest.run.run_id,
         candidate=contest.row,
         champion=contest.champion,
         task_metrics=contest.run.result.task_metrics,
         compared=compared,
-        notes=(*contest.notes, *notes),
+        notes=(*contest.notes, *notes, *fallback),
     )
 
 
@@ -378,7 +397,7 @@ def promoted(night: Night, row: NightRow, policy: Policy) -> NightRow:
     assert row.candidate is not None
     why = "better than the champion before it" if row.champion else "the first champion"
     run = StoredRun(night.tracker, row.run_id)
-    return row.model_copy(update={"promoted": promote_row(run, row.candidate, row.target_class, why)})
+    return row.model_copy(update={"promoted": promote_row(run, row.candidate, why)})
 
 
 def with_advice(row: NightRow) -> NightRow:

@@ -6,8 +6,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from jetway.configs.load import load_target
-from jetway.configs.schema import Target
 from jetway.flows.record import REPORT_PATH, worst_gate
 from jetway.flows.stored_run import StoredRun
 from jetway.tasks.deployment import ENGINE_PATH, MODEL_PATH
@@ -21,11 +19,6 @@ from jetway.tasks.tracking.tracker import Tracker
 PACKAGE_PATH = "package.zip"
 
 
-def class_of(target: Target) -> str:
-    """Targets of one class share a champion."""
-    return target.name
-
-
 def promote_run(id_or_prefix: str, variant: str | None, targets: Sequence[str]) -> None:
     """Promotes a variant of a run on each of its targets: the one named, or the fastest that missed no gate.
 
@@ -33,9 +26,8 @@ def promote_run(id_or_prefix: str, variant: str | None, targets: Sequence[str]) 
     """
     run = StoredRun(Tracker(), id_or_prefix)
     for row in rows_to_promote(run.result.rows, variant, targets):
-        target_class = class_of(load_target(row.target))
-        champion = promote_row(run, row, target_class, "promoted by hand")
-        print(f"{champion.title} is the champion of {run.recipe.name} on {target_class}.")
+        champion = promote_row(run, row, "promoted by hand")
+        print(f"{champion.title} is the champion now.")
 
 
 def rows_to_promote(
@@ -46,9 +38,10 @@ def rows_to_promote(
     return [_row_to_promote([row for row in rows if row.target == name], variant, name) for name in names]
 
 
-def promote_row(run: StoredRun, row: VariantResult, target_class: str, why: str) -> Champion:
+def promote_row(run: StoredRun, row: VariantResult, why: str) -> Champion:
     """Makes a row's run a version with its files and, where it was packaged, its package, and the champion."""
     tracker, child = run.tracker, run.child(row)
+    target_class = tracker.run(child).tags.get("target_class", row.target)
     files = tracker.files(child)
     attach_package(run, row, child)
     tags = {

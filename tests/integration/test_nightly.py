@@ -14,6 +14,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from jetway.flows.server import running_server, start_server
 from jetway.tasks.tracking.registry import model_name
 from jetway.tasks.tracking.tracker import Tracker
+from jetway.tasks.tracking.values import PARENT_TAG
 from jetway.tasks.verdict import LOOKS
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -163,7 +164,7 @@ def check_record(document, tmp_path):
     tracker = Tracker()
     run = tracker.run(document["run_id"])
     assert (run.tags["verdict"], run.tags["exit_code"]) == ("REGRESSED", "1")
-    (child,) = tracker.children(run.run_id)
+    (child,) = tracker.search(f"tags.`{PARENT_TAG}` = '{run.run_id}'")
     assert child.tags["verdict"] == "REGRESSED"
     assert child.metrics["size_bytes"] > 0
     page = tracker.load_file(run.run_id, "nightly.html", tmp_path).read_text()
