@@ -137,6 +137,7 @@ def score_evidence(
         unit="samples",
         margin=margin,
         rule="non-inferiority",
+        samples_needed=_samples_of_score(error, count, margin),
     )
 
 
@@ -145,11 +146,12 @@ def judge(evidence: Mapping[K, Evidence], *, alpha: float = FALSE_ALARM_RATIO) -
 
     By equivalence (times): REGRESSED is significant and more than the margin; SAME has its whole interval
     inside the margin. By non-inferiority (scores): REGRESSED is significant; SAME has the interval's bad end inside
-    the margin. That all are the same needs no correction (Berger, Technometrics 24, 1982).
+    the margin. More scores together take more samples each, and the numbers recommended say so. That all are the
+    same needs no correction (Berger, Technometrics 24, 1982).
     """
     adjusted = holm([one.p_value for one in evidence.values()])
     return {
-        metric: _verdict(one.model_copy(update={"p_value": p_value}), alpha)
+        metric: _verdict(_together(one, p_value, alpha / len(evidence)), alpha)
         for (metric, one), p_value in zip(evidence.items(), adjusted, strict=True)
     }
 
@@ -166,6 +168,27 @@ def remaining_alpha(last_look: int) -> float:
     That holds where the clock ends it, and not what was seen.
     """
     return sum(share for look, share in LOOKS.items() if look > last_look)
+
+
+def _together(evidence: Evidence, p_value: float, share: float) -> Evidence:
+    """Evidence that is judged with others: its adjusted p value, and samples for its share of the false alarms."""
+    needed = evidence.samples_needed
+    if needed is not None:
+        needed = math.ceil(needed * _more_samples(share))
+    return evidence.model_copy(update={"p_value": p_value, "samples_needed": needed})
+
+
+def _more_samples(alpha: float) -> float:
+    """How many times the samples of one comparison find 95 % of drops by the margin where each may spend ``alpha``."""
+    quantile = NormalDist().inv_cdf
+    return max(1.0, ((quantile(1 - alpha) + quantile(0.95)) / (quantile(0.975) + quantile(0.995))) ** 2)
+
+
+def _samples_of_score(error: float, count: int, margin: float) -> int:
+    """As ``paired_tests.samples_for``, by the standard error that ``count`` samples gave."""
+    distance = (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.995)) * error / margin
+    without_differences = math.log(0.025) / math.log(1 - margin)
+    return math.ceil(max(count * distance**2, without_differences))
 
 
 def _verdict(evidence: Evidence, alpha: float) -> MetricVerdict:

@@ -180,6 +180,40 @@ def test_equally_good_sides_pass_with_the_samples_recommended(discordant):
     assert np.mean([change is Change.REGRESSED for change in changes]) <= FALSE_ALARM_RATIO
 
 
+@pytest.mark.parametrize("others", [5, 35])
+def test_samples_recommended_in_a_night_hold_for_all_of_its_scores(others):
+    """One score drops by the margin among many that did not change, each with the samples that the night asks for."""
+    rng, margin, discordant, trials = np.random.default_rng(2), 0.01, 0.04, 100
+    asked = {i: correctness_evidence(*answers(rng, 500, 0.0, discordant)) for i in range(others + 1)}
+    more = judge(asked)[0].samples_needed / asked[0].samples_needed
+    samples = int(more * samples_for(margin, discordant))
+    caught, passed = 0, []
+    for _ in range(trials):
+        drops = [margin] + [0.0] * others
+        scores = {
+            i: correctness_evidence(*answers(rng, samples, drop, discordant)) for i, drop in enumerate(drops)
+        }
+        dropped, *same = (verdict.change for verdict in judge(scores).values())
+        caught += dropped is Change.REGRESSED
+        passed += [change in (Change.SAME, Change.IMPROVED) for change in same]
+    assert caught >= 0.9 * trials
+    assert np.mean(passed) >= 0.99
+
+
+def test_samples_recommended_for_a_score_by_bootstrap_decide_it():
+    """A mean with a spread of 0.3: its interval at that size lies within the margin, or beyond 0 for a drop by it."""
+    few = score_evidence(0.0, (-0.026, 0.026), 500, differing=500)
+    assert few.samples_needed == pytest.approx(500 * (4.536 * 0.01327 / 0.01) ** 2, rel=0.01)
+    half = 0.026 * np.sqrt(500 / few.samples_needed)
+    enough = {"samples": few.samples_needed, "interval": (-half, half)}
+    again = score_evidence(0.0, enough["interval"], enough["samples"], differing=9)
+    assert judge({"map": again})["map"].change is Change.SAME
+    dropped = score_evidence(0.01, (0.01 - half, 0.01 + half), enough["samples"], differing=9)
+    assert judge({"map": dropped})["map"].change is Change.REGRESSED
+    told = judge({"map": few})["map"]
+    assert told.reason.endswith(f"open; {few.samples_needed:,} are recommended")
+
+
 def test_no_difference_in_few_samples_is_no_pass_and_says_how_many_would_do():
     evidence = correctness_evidence([1.0] * 100, [1.0] * 100)
     verdict = judge({"top1": evidence})["top1"]
