@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 
 from jetway.flows.ui import _free_port, _process, _wait_for
 from jetway.tasks.artifacts import Checkpoint, StageOutput, json_sha256
@@ -87,3 +89,19 @@ def test_processes_that_meet_a_fresh_home_together_make_one_database_quietly(tmp
     assert [run.status for run in runs] == ["FINISHED"] * 2
     assert {run.experiment for run in runs} == {"digits"}
     assert [path.name for path in tmp_path.iterdir()] == ["a home"]
+
+
+def test_promotion_through_a_server_makes_a_version_whose_files_can_be_fetched(
+    server_uri: str, tmp_path: Path
+) -> None:
+    tracker, store = Tracker(server_uri), Store(tmp_path / "ours")
+    run_id = tracker.start_run("digits")
+    child = tracker.start_child(run_id, "a variant", {}, {"variant": "pruned-fp32", "target": "loopback"})
+    handle = store.add_json({"an": "engine"})
+    tracker.log_files(child, {"engine.engine": (handle, store.open(handle))})
+    promoted = tracker.promote("digits.loopback", child, "The first.", {"target_class": "loopback"})
+    assert Tracker(server_uri).champion("digits.loopback") == promoted
+    client = MlflowClient(server_uri)
+    source = client.get_model_version_download_uri(promoted.model, str(promoted.version))
+    fetched = download_artifacts(f"{source}/engine.engine", dst_path=str(tmp_path), tracking_uri=server_uri)
+    assert Path(fetched).read_bytes() == store.open(handle).read_bytes()
