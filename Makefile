@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # Groups of files (tests/conftest.py) in their order, which begins with the longest.
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup demo test slow-test check fix ui clean bench workloads operating-curve
+.PHONY: setup demo test slow-test check fix ui clean bench workloads operating-curve kill-trials
 
 setup: $(STAMP)
 
@@ -49,6 +49,10 @@ workloads: setup
 operating-curve: setup
 	mkdir -p .jetway
 	"$(BIN)/python" tests/benchmarks/operating_curve.py .jetway/operating_curve.jsonl --chart .github/operating-curve.png
+
+# JETWAY_KILL_TRIALS=60 make kill-trials: half an hour
+kill-trials: setup
+	JETWAY_KILL_TRIALS=$${JETWAY_KILL_TRIALS:-60} "$(BIN)/python" -m pytest tests/integration/test_kill_trials.py
 
 clean:
 	if [ -x "$(BIN)/jetway" ]; then "$(BIN)/jetway" stop; fi

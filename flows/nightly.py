@@ -64,10 +64,15 @@ def nightly(
 ) -> State[NightResult]:
     """Says of each recipe on each target whether it got worse than its champion, and goes red where it did.
 
-    ``recipes``, ``targets`` and ``overrides`` are those of the deploy flow. ``promote`` is when a candidate becomes
-    champion, ``budget_minutes`` the longest that two engines are measured in turns. Ends Failed when something
-    REGRESSED, missed a gate or could not run, and Completed by the name of Unknown when something is not known. The
-    state's data is a ``NightResult``.
+    Ends Failed when something REGRESSED, missed a gate or could not run, and Completed by the name of Unknown when
+    something is not known. The state's data is a ``NightResult``.
+
+    Args:
+        recipes: Names of recipes, or the paths of their YAML files in the project.
+        targets: Names of targets, or their YAML files, instead of those that the recipes name.
+        overrides: Keys of the recipes to change, each as key=value, such as qat.epochs=3.
+        promote: When a candidate becomes champion without being asked.
+        budget_minutes: Longest time in which two engines are measured in turns.
     """
     observer = OBSERVER.get() or Observer()
     wanted = [(name, *load_recipe(name, overrides or [])) for name in recipes]

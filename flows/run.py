@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from httpx import HTTPError
+from prefect import tags
 from prefect.exceptions import PrefectException
 
 from jetway.configs.load import load_recipe, load_targets
@@ -21,6 +22,7 @@ from jetway.flows.record import REPORT_PATH, RESULT_PATH, RunResult
 from jetway.flows.server import Server, prefect_settings
 from jetway.flows.show import print_result
 from jetway.flows.terminal import Terminal
+from jetway.flows.zombies import process_tag
 from jetway.tasks.errors import FleetError, JetwayError, TrackingError, TrackingUnreachableError
 from jetway.tasks.stage import FinishedStage
 from jetway.tasks.table import run_json
@@ -134,7 +136,7 @@ def call_flow(
     busy_timeout_s: float | None,
 ) -> RunResult:
     try:
-        with prefect_settings(server):
+        with prefect_settings(server), tags(process_tag()):
             return deploy(recipe, targets, overrides, busy_timeout_s)
     except (PrefectException, HTTPError) as exc:
         result = recorded_result(run_id=current_run_id())

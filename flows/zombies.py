@@ -7,6 +7,7 @@ this machine the process itself is looked up. Of other machines' Prefect knows m
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from uuid import UUID
@@ -14,11 +15,12 @@ from uuid import UUID
 from httpx import HTTPError
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
-from prefect.client.schemas.objects import State, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Completed, Crashed, Failed
 
+from jetway.tasks import environment
 from jetway.tasks.tracking.tracker import Tracker
 from jetway.tasks.tracking.values import RunRecord
 
@@ -28,6 +30,7 @@ logger = logging.getLogger("jetway")
 FLOW_RUN_TAG = "prefect.flow_run_id"
 FLOW_RUNS_ASKED = 200
 NEWEST = FlowRunSort.START_TIME_DESC
+TOLD = "Its process is gone; this is what MLflow says of its end."
 #: What a flow run must have become whose run ended so in MLflow.
 STATES: dict[str, Callable[..., State]] = {"FINISHED": Completed, "FAILED": Failed, "KILLED": Crashed}
 
@@ -43,13 +46,29 @@ def end_zombies(tracker: Tracker) -> None:
         logger.warning("Prefect was not asked for runs whose process is gone: %s", exc)
 
 
+def process_tag() -> str:
+    """Names this process and its machine, for a flow run that dies before it has a run in MLflow."""
+    return f"{_machine()}{environment.process_id()}"
+
+
+def _machine() -> str:
+    digest = hashlib.sha256(f"{environment.host_id()} {environment.boot_id()}".encode()).hexdigest()
+    return f"process:{digest[:8]}:"
+
+
 def _tell_prefect(tracker: Tracker, client: SyncPrefectClient) -> None:
-    running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING])))
-    for flow_run in client.read_flow_runs(flow_run_filter=running, sort=NEWEST, limit=FLOW_RUNS_ASKED):
+    alive = FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING])
+    query = FlowRunFilter(state=FlowRunFilterState(type=alive))
+    for flow_run in client.read_flow_runs(flow_run_filter=query, sort=NEWEST, limit=FLOW_RUNS_ASKED):
         found = tracker.search(f"tags.`{FLOW_RUN_TAG}` = '{flow_run.id}'", limit=1)
-        if found and found[0].status in STATES and tracker.is_abandoned(found[0]):
-            state = STATES[found[0].status](message="Its process is gone; so says MLflow of its end.")
-            client.set_flow_run_state(flow_run.id, state, force=True)
+        if _process_died(flow_run) or (found and tracker.is_abandoned(found[0])):
+            state = STATES[found[0].status if found else "KILLED"]
+            client.set_flow_run_state(flow_run.id, state(message=TOLD), force=True)
+
+
+def _process_died(flow_run: FlowRun) -> bool:
+    processes = [tag.removeprefix(_machine()) for tag in flow_run.tags if tag.startswith(_machine())]
+    return any(not environment.process_alive(process) for process in processes)
 
 
 def _tell_mlflow(tracker: Tracker, client: SyncPrefectClient) -> None:
