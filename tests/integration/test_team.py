@@ -25,6 +25,7 @@ from doubles.servers import free_port
 from jetway.flows.record import RESULT_PATH
 from jetway.tasks.on_device import lease
 from jetway.tasks.tracking.tracker import Tracker
+from jetway.tasks.tracking.values import HOST_TAG
 
 pytestmark = [pytest.mark.serial, pytest.mark.filterwarnings("default")]
 
@@ -222,8 +223,65 @@ def team(tmp_path: Path, team_project: Path) -> Iterator[Team]:
             team.stop()
 
 
+def kill_processes(home: Path) -> None:
+    """What the worker of this home runs, itself included, but not what runs on a target for it."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            ours = f"HOME={home}".encode() in (path / "environ").read_bytes().split(b"\0")
+            if ours and b"prefect" in (path / "cmdline").read_bytes():
+                os.kill(int(path.name), signal.SIGKILL)
+
+
+def run_of(tracker: Tracker, flow_run: str, timeout_s: float = 60) -> str:
+    """Id of the run that a flow run has made in MLflow."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := tracker.search(f"tags.`prefect.flow_run_id` = '{flow_run}'")):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    return found[0].run_id
+
+
+def wait_for_benchmark() -> None:
+    """Until one job has held the lease for longer than a build does."""
+    path = lease.lease_path("cpu", lease.directory())
+    held_s, job, deadline = time.monotonic(), "", time.monotonic() + 120
+    while time.monotonic() - held_s < 15:
+        assert time.monotonic() < deadline
+        holder = (lease.read_holder(path) or {}).get("job", "")
+        if not holder or holder != job:
+            held_s, job = time.monotonic(), holder
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_a_killed_workers_flow_run_is_crashed_by_the_automation_and_its_lease_is_free(team: Team) -> None:
+    tracker = Tracker(team.mlflow)
+    team.start_worker("worker-1")
+    long = ["benchmark.min_duration_s=100"]
+    killed = team.submit(recipe="my_recipe.yaml", targets=["board-1"], overrides=long)
+    run_id = run_of(tracker, killed)
+    wait_for_benchmark()
+    kill_processes(team.folder / "worker-1")
+    killed_s = time.monotonic()
+    # As a worker on another machine would have left it: nobody here can look its process up.
+    tracker.set_tags(run_id, {HOST_TAG: "elsewhere"})
+    with lease.held("cpu", job="test", timeout_s=30, wait=lambda seconds, holder: time.sleep(seconds)):
+        freed_s = time.monotonic() - killed_s
+    assert team.ask(f"/flow_runs/{killed}")["state_type"] == "RUNNING"
+    assert team.wait([killed], timeout_s=120) == ["CRASHED"]
+    crashed_s = time.monotonic() - killed_s
+    print(f"lease free {freed_s:.1f} s after the kill, flow run crashed after {crashed_s:.1f} s")
+
+    team.start_worker("worker-2")
+    assert team.wait([team.submit(recipe="my_recipe.yaml", targets=["board-1"])]) == ["COMPLETED"], (
+        team.tails()
+    )
+    assert tracker.run(run_id).status == "KILLED"
+
+
 def test_eight_runs_at_once_on_three_boards(team: Team) -> None:
     tracker = Tracker(team.mlflow)
+    assert team.ask("/deployments/name/nightly/nightly")["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
     team.start_worker("worker-1")
     assert team.wait([team.submit(recipe="my_recipe.yaml", targets=["board-1"])]) == ["COMPLETED"], (
         team.tails()
