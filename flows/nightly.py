@@ -6,15 +6,14 @@ deploy ── look up the champion ── duel on the target ── judge the wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from prefect import flow, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
@@ -22,28 +21,24 @@ from prefect.states import Completed, Failed
 from prefect.utilities.annotations import allow_failure
 
 from jetway.configs.load import load_recipe, load_targets
-from jetway.configs.schema import Recipe, Target, Variant
+from jetway.configs.schema import Recipe, Target
+from jetway.flows.contest import Contest, Settled, in_turns, judge_settled, settle
 from jetway.flows.deploy import deploy
-from jetway.flows.in_turns import duel_engines, show_run
 from jetway.flows.pipeline import OBSERVER, Observer, SecondObserver, observing
 from jetway.flows.promote import promote_row
-from jetway.flows.publish import log_night, publish_row
+from jetway.flows.publish import announce, log_night
 from jetway.flows.stored_run import StoredRun
-from jetway.tasks.artifacts import Engine
-from jetway.tasks.build import build_engine
-from jetway.tasks.comparison import ComparedRow, RowPair, gather_rows, judge_rows, with_duel, with_same_engine
-from jetway.tasks.duel import Budget, DuelResult, Side
+from jetway.tasks.comparison import ComparedRow
+from jetway.tasks.duel import Budget, DuelResult
 from jetway.tasks.errors import JetwayError, StageError, TrackingError
 from jetway.tasks.gates import winner
 from jetway.tasks.nightly import NightResult, NightRow, Policy, how_to_promote, may_be_promoted
-from jetway.tasks.passport_changes import passport_changes
 from jetway.tasks.results import TargetOutcome, VariantResult
 from jetway.tasks.stage import Progress
-from jetway.tasks.target.session import TargetSession, open_target
-from jetway.tasks.tracking.registry import Champion, model_name
+from jetway.tasks.tracking.registry import model_name
 from jetway.tasks.tracking.tracker import HANDOVER_S, Tracker
 from jetway.tasks.tracking.values import Status
-from jetway.tasks.verdict import ACCURACY_MARGIN, Change
+from jetway.tasks.verdict import Change
 
 logger = logging.getLogger("jetway")
 
@@ -89,9 +84,9 @@ def nightly(
         rows = judge_night(night, candidates, Budget(minutes=budget_minutes), observer.progress)
         rows = [promoted(night, row, promote) for row in rows]
         result = NightResult(run_id=night.run_id, rows=tuple(rows))
-        for row in rows:
-            publish_row(night.tracker, night.run_id, row, night.duels.get(row.name))
-        log_night(night.tracker, result)
+        log_night(night.tracker, result, night.duels)
+    for row in rows:
+        announce(row, result.run_id)
     return ended(result)
 
 
@@ -148,41 +143,12 @@ class Candidate:
         return self.error or StageError(f"{self.name}: the run has no result for it.")
 
 
-@dataclass(frozen=True)
-class Contest:
-    """A candidate's row and the champion that it is held against."""
-
-    candidate: Candidate
-    run: StoredRun
-    row: VariantResult
-    champion: Champion | None = None
-    holder: StoredRun | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def held(self) -> VariantResult:
-        """The champion's row as it was recorded."""
-        assert self.holder is not None
-        assert self.champion is not None
-        mine = (self.champion.variant, self.champion.target)
-        return next(row for row in self.holder.result.rows if (row.variant, row.target) == mine)
-
-
-@dataclass(frozen=True)
-class Settled:
-    """What was measured in turns; no duel where both sides are the same engine file."""
-
-    duel: DuelResult | None
-    notes: tuple[str, ...] = ()
-
-
 @dataclass
 class Night:
     """The night's own run in MLflow, and what was found while it went on."""
 
     tracker: Tracker
     run_id: str
-    runs: dict[str, StoredRun] = field(default_factory=dict)
     duels: dict[str, DuelResult] = field(default_factory=dict)
 
 
@@ -214,9 +180,7 @@ def deploy_recipe(night: Night, observer: Observer, order: Order) -> list[Candid
         with observing(own):
             deploy(order.name, order.choices, order.overrides)
     except Exception as exc:
-        if not isinstance(exc, JetwayError):
-            logger.exception("%s: the deployment failed unexpectedly", order.recipe.name)
-        error = exc if isinstance(exc, JetwayError) else StageError(f"{type(exc).__name__}: {exc}")
+        error = as_own_error(exc, f"the deployment of {order.recipe.name}")
     run = stored_run(night, own.run_id, order.path)
     return [Candidate(order.recipe.name, target, run, error) for target in order.targets]
 
@@ -233,166 +197,104 @@ def judge_night(
     night: Night, candidates: Sequence[Candidate], budget: Budget, progress: Progress
 ) -> list[NightRow]:
     """A row for each candidate, verdicts corrected for all comparisons of the night together."""
-    failed: dict[str, NightRow] = {}
+    rows: dict[str, NightRow] = {}
     contests: dict[str, Contest] = {}
     for candidate in candidates:
-        with failing(candidate, failed):
-            contests[candidate.name] = find_contest(night, candidate)
-    fights = {name: contest for name, contest in contests.items() if contest.champion}
-    settled = settle_all(fights, budget, progress, failed)
+        with failing(candidate, rows):
+            rows[candidate.name] = new_row(candidate)
+            if contest := find_contest(night.tracker, candidate):
+                contests[candidate.name] = contest
+    settled: dict[str, Settled] = {}
+    futures = start_all(contests, budget, progress)
+    for candidate in candidates:
+        if candidate.name in futures:
+            with failing(candidate, rows):
+                settled[candidate.name] = futures[candidate.name].result()
     night.duels.update({name: one.duel for name, one in settled.items() if one.duel})
-    compared = compare_all({name: fights[name] for name in settled}, settled)
-    return [
-        failed.get(one.name)
-        or row_of(contests[one.name], compared.get(one.name), settled.get(one.name, Settled(None)).notes)
-        for one in candidates
-    ]
+    for name, compared in judge_settled(contests, settled).items():
+        rows[name] = compared_row(rows[name], contests[name], compared, settled[name].notes)
+    return list(rows.values())
 
 
 @contextmanager
-def failing(candidate: Candidate, failed: dict[str, NightRow]) -> Iterator[None]:
+def failing(candidate: Candidate, rows: dict[str, NightRow]) -> Iterator[None]:
     """What the block raises is told as the candidate's own failure."""
     try:
         yield
-    except JetwayError as exc:
-        failed[candidate.name] = NightRow(
+    except Exception as exc:
+        error = as_own_error(exc, candidate.name)
+        rows[candidate.name] = NightRow(
             recipe=candidate.recipe,
             target=candidate.target.name,
             target_class=candidate.target.target_class,
             run_id=candidate.run.run_id if candidate.run else "",
-            error=str(exc),
-            error_exit_code=exc.exit_code,
+            error=str(error),
+            error_exit_code=error.exit_code,
         )
 
 
-def find_contest(night: Night, candidate: Candidate) -> Contest:
-    """The champion's variant of tonight against the champion; tonight's winner where there is none of either.
+def as_own_error(exc: Exception, what: str) -> JetwayError:
+    """The error, or for a bug one that names it, after its traceback was logged."""
+    if isinstance(exc, JetwayError):
+        return exc
+    logger.exception("%s failed unexpectedly", what, exc_info=exc)
+    return StageError(f"{type(exc).__name__}: {exc}")
 
-    Raises what left the candidate without a result.
-    """
+
+def new_row(candidate: Candidate) -> NightRow:
+    """The fastest of tonight's variants that missed no gate. Raises what left the candidate without a result."""
     if candidate.run is None or not candidate.rows:
         raise candidate.loss
-    rows = {row.variant: row for row in candidate.rows}
-    best = winner(candidate.rows) or candidate.rows[0]
-    champion = night.tracker.champion(model_name(candidate.recipe, candidate.target.target_class))
-    if champion is None:
-        return Contest(candidate, candidate.run, best)
-    holder = StoredRun(night.tracker, champion.run_id, candidate.run.path)
-    if champion.variant in rows:
-        return Contest(candidate, candidate.run, rows[champion.variant], champion, holder)
-    note = f"the recipe no longer has {champion.variant}; {best.variant} stands in for it"
-    return Contest(candidate, candidate.run, best, champion, holder, (note,))
-
-
-def settle_all(
-    contests: Mapping[str, Contest], budget: Budget, progress: Progress, failed: dict[str, NightRow]
-) -> dict[str, Settled]:
-    """Targets side by side, the contests of a target one after the other."""
-    last: dict[str, PrefectFuture[Settled]] = {}
-    futures: dict[str, PrefectFuture[Settled]] = {}
-    for name, contest in contests.items():
-        target = contest.row.target
-        work = partial(settle, contest, budget, len(contests), progress)
-        before = [allow_failure(last[target])] if target in last else []
-        futures[name] = last[target] = in_turns.submit(name, work, return_state=False, wait_for=before)
-    found: dict[str, Settled] = {}
-    for name, future in futures.items():
-        with failing(contests[name].candidate, failed):
-            found[name] = future.result()
-    return found
-
-
-@task(name="in turns", task_run_name="in turns {name}", cache_policy=NO_CACHE, persist_result=False)
-def in_turns(name: str, work: Callable[[], Settled]) -> Settled:
-    return work()
-
-
-def settle(contest: Contest, budget: Budget, comparisons: int, progress: Progress) -> Settled:
-    """Measures both engines in turns on the candidate's target, unless they are one and the same file there."""
-    candidate = contest.run.engine(contest.row)
-    with open_target(contest.candidate.target) as session:
-        champion, notes = champion_engine(contest, session)
-        if is_same_file(champion, candidate):
-            return Settled(None, notes)
-        engines: dict[Side, Engine] = {"champion": champion, "candidate": candidate}
-        result = duel_engines(
-            contest.run.context,
-            session,
-            engines,
-            contest.run.recipe.benchmark,
-            budget=budget,
-            comparisons=comparisons,
-            on_run=partial(show_run, progress, contest.row),
-        )
-    return Settled(result, notes)
-
-
-def champion_engine(contest: Contest, session: TargetSession) -> tuple[Engine, tuple[str, ...]]:
-    """The champion's engine where its passport still fits the target; else built anew there, and a note of why."""
-    assert contest.holder is not None
-    recorded = contest.holder.engine(contest.held)
-    recipe, held = contest.holder.recipe, contest.held
-    backend = session.target.backend(Variant.model_validate(held.variant))
-    engine = build_engine(
-        contest.holder.context,
-        session,
-        contest.holder.model(held),
-        recipe.build,
-        recipe.tensorrt,
-        backend=backend,
-        variant=f"champion {held.variant}",
-    )
-    if engine == recorded:
-        return engine, ()
-    return engine, (
-        f"the champion's engine was built anew from its ONNX file: {passport_changes(recorded, engine)}",
-    )
-
-
-def is_same_file(champion: Engine, candidate: Engine) -> bool:
-    """Also the same place: engines that are loaded otherwise have other names."""
-    return champion == candidate and champion.metadata["remote_path"] == candidate.metadata["remote_path"]
-
-
-def compare_all(contests: Mapping[str, Contest], settled: Mapping[str, Settled]) -> dict[str, ComparedRow]:
-    """Scores are judged together over the whole night; latencies were, by the share of each duel."""
-    gathered = [gather(contest) for contest in contests.values()]
-    return {
-        name: with_latency_of(settled[name], contests[name], row)
-        for name, row in zip(contests, judge_rows(gathered), strict=True)
-    }
-
-
-def gather(contest: Contest) -> ComparedRow:
-    """Every metric of both sides, before anything is judged."""
-    assert contest.holder is not None
-    scores = contest.holder.scores(contest.held), contest.run.scores(contest.row)
-    pair = RowPair(contest.held, contest.row, scores)
-    metrics = contest.run.result.task_metrics
-    return gather_rows([pair], metrics, contest.run.summarize, margin=ACCURACY_MARGIN)[0]
-
-
-def with_latency_of(settled: Settled, contest: Contest, row: ComparedRow) -> ComparedRow:
-    if settled.duel:
-        return with_duel(row, settled.duel)
-    return with_same_engine(row, contest.row.value("latency_ms_p50"))
-
-
-def row_of(contest: Contest, compared: ComparedRow | None, notes: Sequence[str]) -> NightRow:
-    candidate = contest.candidate
     plan_b = candidate.outcome.plan_b if candidate.outcome else ""
-    fallback = [f"plan B {plan_b} passed the gates; it is not what is compared here"] if plan_b else []
+    fallback = f"plan B {plan_b} passed the gates; it is not what is compared here"
     return NightRow(
         recipe=candidate.recipe,
         target=candidate.target.name,
         target_class=candidate.target.target_class,
-        run_id=contest.run.run_id,
-        candidate=contest.row,
-        champion=contest.champion,
-        task_metrics=contest.run.result.task_metrics,
-        compared=compared,
-        notes=(*contest.notes, *notes, *fallback),
+        run_id=candidate.run.run_id,
+        candidate=winner(candidate.rows) or candidate.rows[0],
+        task_metrics=candidate.run.result.task_metrics,
+        notes=(fallback,) if plan_b else (),
     )
+
+
+def find_contest(tracker: Tracker, candidate: Candidate) -> Contest | None:
+    """The champion's variant of tonight against the champion; tonight's winner where the recipe dropped it."""
+    assert candidate.run is not None
+    champion = tracker.champion(model_name(candidate.recipe, candidate.target.target_class))
+    if champion is None:
+        return None
+    holder = StoredRun(tracker, champion.run_id, candidate.run.path)
+    rows = {row.variant: row for row in candidate.rows}
+    if champion.variant in rows:
+        return Contest(candidate.target, candidate.run, rows[champion.variant], champion, holder)
+    best = winner(candidate.rows) or candidate.rows[0]
+    note = f"the recipe no longer has {champion.variant}; {best.variant} stands in for it"
+    return Contest(candidate.target, candidate.run, best, champion, holder, (note,))
+
+
+def start_all(
+    contests: Mapping[str, Contest], budget: Budget, progress: Progress
+) -> dict[str, PrefectFuture[Settled]]:
+    """Targets side by side, the contests of a target one after the other."""
+    last: dict[str, PrefectFuture[Settled]] = {}
+    futures: dict[str, PrefectFuture[Settled]] = {}
+    for name, contest in contests.items():
+        target = contest.target.name
+        work = partial(settle, contest, budget, len(contests), progress)
+        before = [allow_failure(last[target])] if target in last else []
+        futures[name] = last[target] = in_turns.submit(name, work, return_state=False, wait_for=before)
+    return futures
+
+
+def compared_row(row: NightRow, contest: Contest, compared: ComparedRow, notes: Sequence[str]) -> NightRow:
+    changes = {
+        "candidate": contest.row,
+        "champion": contest.champion,
+        "compared": compared,
+        "notes": (*row.notes, *contest.notes, *notes),
+    }
+    return row.model_copy(update=changes)
 
 
 def promoted(night: Night, row: NightRow, policy: Policy) -> NightRow:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from prefect.artifacts import create_markdown_artifact
@@ -25,9 +26,8 @@ PAGE_PATH = "nightly.html"
 RESULT_PATH = "nightly.json"
 
 
-def publish_row(tracker: Tracker, night_id: str, row: NightRow, duel: DuelResult | None) -> None:
-    """What the night says of one recipe on one target, wherever somebody may look for it."""
-    log_row(tracker, night_id, row, duel)
+def announce(row: NightRow, night_id: str) -> None:
+    """To Prefect: an artifact to read, and an event that automations act on."""
     create_markdown_artifact(row_markdown(row), key=artifact_key(row), description=row.sentence)
     emit_verdict(row, night_id)
 
@@ -100,8 +100,10 @@ def links_of(tracker: Tracker, row: NightRow) -> str:
     return ", ".join(f"[{name}]({tracker.page_of_run(run_id)})" for name, run_id in runs.items() if run_id)
 
 
-def log_night(tracker: Tracker, result: NightResult) -> None:
-    """The verdict of the whole night as its run's tags and description, and its page."""
+def log_night(tracker: Tracker, result: NightResult, duels: Mapping[str, DuelResult]) -> None:
+    """A child run for each recipe and target; the verdict of the whole night as tags and description, and its page."""
+    for row in result.rows:
+        log_row(tracker, result.run_id, row, duels.get(row.name))
     statuses = sorted({row.status for row in result.rows})
     tracker.set_tags(result.run_id, {"verdict": ", ".join(statuses), "exit_code": str(result.exit_code)})
     tracker.log_json(result.run_id, RESULT_PATH, result.model_dump(mode="json"))

@@ -48,3 +48,25 @@ def test_the_process_runs_its_exit_handlers_and_flushes_before_it_ends() -> None
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout.strip()) == (7, "handled")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["nightly"], 2, "recipe"),
+        (["nightly", "digits", "--promote", "always"], 2, "invalid choice: 'always'"),
+        (["nightly", "digits", "--budget-minutes", "0"], 2, "no number of minutes"),
+        (["nightly", "digits", "no-such-recipe"], 2, "no-such-recipe"),
+        (["nightly", "digits", "--target", "no-such-target"], 2, "no-such-target"),
+        (["promote", "no-such-run"], 6, "no run 'no-such-run'"),
+    ],
+)
+def test_nightly_and_promote_refuse_what_cannot_be(
+    arguments: list[str], code: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        ended = main(arguments)
+    except SystemExit as exc:
+        ended = int(exc.code or 0)
+    assert ended == code
+    assert told in capsys.readouterr().err
