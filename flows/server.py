@@ -31,6 +31,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,6 +52,9 @@ RETRIES = 6
 KEEP_POLL_S = 0.5
 # The shortest lease that Prefect grants.
 LEASE_S = 60.0
+
+# Two questions for slots at the same time, and Prefect's sqlite refuses one, which then comes again seconds later.
+_asking = threading.Lock()
 
 # Servers started by this process, kept so that they can be reaped.
 _spawned: list[subprocess.Popen[bytes]] = []
@@ -243,20 +247,22 @@ def queue_for(target: str, *, timeout_s: float = QUEUE_TIMEOUT_S) -> Iterator[No
     """
     from httpx import HTTPError
     from prefect.client.orchestration import get_client
+    from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError as SlotError
     from prefect.concurrency.sync import concurrency
 
     limit, slot = f"jetway-{target}", ExitStack()
+    asked = partial(concurrency, limit, lease_duration=LEASE_S, strict=False)
     try:
-        with get_client(sync_client=True) as client:
+        with _asking, get_client(sync_client=True) as client:
             client.upsert_global_concurrency_limit_by_name(limit, 1)
-        # 0 would give up before the server has answered
-        timeout_s = max(timeout_s, 1.0)
-        slot.enter_context(
-            concurrency(limit, timeout_seconds=timeout_s, lease_duration=LEASE_S, strict=False)
-        )
+            with suppress(SlotError):
+                slot.enter_context(asked(max_retries=0, timeout_seconds=QUEUE_TIMEOUT_S))
+                timeout_s = 0.0
+        if timeout_s:
+            slot.enter_context(asked(timeout_seconds=timeout_s))
     except TimeoutError:
         logger.info("%s: the slot stays taken; its own lease decides", target)
-    except HTTPError as exc:
+    except (HTTPError, SlotError) as exc:
         logger.warning("%s: no queue, as Prefect is away (%s); its own lease decides", target, exc)
     try:
         yield
