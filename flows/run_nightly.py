@@ -96,7 +96,7 @@ def print_night(result: NightResult) -> None:
     """A table a comparison, below them what each verdict rests on, and a line for each recipe and target."""
     compared = result.compared()
     if compared:
-        Console().print(comparison_tables(compared, {}))
+        Console().print(comparison_tables(compared, {}, ("champion", "tonight")))
     print()
     for line in comparison_notes(compared):
         print(line)

@@ -20,9 +20,11 @@ _TEXTS = {"params": human_count, "macs": human_count, "size_bytes": human_bytes}
 Params = Mapping[str, tuple[str | None, str | None]]
 
 
-def comparison_tables(rows: Sequence[ComparedRow], params: Params) -> RenderableType:
+def comparison_tables(
+    rows: Sequence[ComparedRow], params: Params, sides: tuple[str, str] = ("first", "second")
+) -> RenderableType:
     """A table for each variant on each target, and one of the params that differ, if any do."""
-    tables = [_row_table(row) for row in rows]
+    tables = [_row_table(row, sides) for row in rows]
     return Group(*tables, *([_params_table(params)] if params else []))
 
 
@@ -64,12 +66,12 @@ def comparison_json(
     }
 
 
-def _row_table(row: ComparedRow) -> Table:
+def _row_table(row: ComparedRow, sides: tuple[str, str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.title = f"{row.variant} on {row.target}{' (simulated)' if row.simulated else ''}"
     table.title_justify, table.title_style = "left", "bold"
-    for title in ("metric", "first", "second", "change", "95 %", "verdict"):
-        table.add_column(title, justify="right" if title in ("first", "second", "change", "95 %") else "left")
+    for title in ("metric", *sides, "change", "95 %", "verdict"):
+        table.add_column(title, justify="left" if title in ("metric", "verdict") else "right")
     for metric in row.metrics:
         table.add_row(*_cells(metric))
     return table
