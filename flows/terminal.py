@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
+from contextlib import redirect_stdout
 from types import TracebackType
 from typing import Self
 
@@ -23,7 +25,8 @@ class Terminal:
 
     It is the ``Progress`` that stages call. On a terminal each stage at work has a live line; elsewhere there
     are plain lines without control codes, at most one in ``LINE_INTERVAL_S`` seconds and stage. Inside
-    ``with``, warnings of the ``jetway`` logger appear as lines too, and only once.
+    ``with``, warnings of the ``jetway`` logger appear as lines too, and only once, and what libraries and
+    workloads print goes to stderr.
     """
 
     def __init__(self, console: Console | None = None, *, line_interval_s: float = LINE_INTERVAL_S) -> None:
@@ -68,6 +71,8 @@ class Terminal:
     def __enter__(self) -> Self:
         self._propagate, logger.propagate = logger.propagate, False
         logger.addHandler(self._warnings)
+        self._printed = redirect_stdout(sys.stderr)
+        self._printed.__enter__()
         self._bars.start()
         return self
 
@@ -75,6 +80,7 @@ class Terminal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+        self._printed.__exit__(kind, error, trace)
         logger.removeHandler(self._warnings)
         logger.propagate = self._propagate
 

@@ -4,6 +4,7 @@ import io
 import logging
 import re
 
+import pytest
 from rich.console import Console
 
 from jetway.flows.terminal import Terminal
@@ -32,6 +33,13 @@ def test_terminal_prints_plain_lines_where_there_is_no_terminal() -> None:
     assert first.endswith("than the console is")
     assert second.split() == ["finetune", "12.3", "s"]
     assert third.split() == ["prune", "reused"]
+
+
+def test_terminal_keeps_what_others_print_out_of_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    with Terminal(plain_console()):
+        print("Loading an extension...")
+    print("{}")
+    assert capsys.readouterr() == ("{}\n", "Loading an extension...\n")
 
 
 def test_terminal_throttles_plain_lines_by_stage() -> None:
