@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # Groups of files (tests/conftest.py) in their order, which begins with the longest.
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup demo test slow-test check fix ui clean bench workloads operating-curve kill-trials
+.PHONY: setup demo test team-test slow-test check fix ui clean bench workloads operating-curve kill-trials
 
 setup: $(STAMP)
 
@@ -19,8 +19,12 @@ demo: setup
 	"$(BIN)/jetway" run digits
 
 test: setup
-	"$(BIN)/python" -m pytest $(SIDE_BY_SIDE) -m "not serial and not slow and not gpu and not device"
-	"$(BIN)/python" -m pytest -m "serial and not slow and not gpu and not device"
+	"$(BIN)/python" -m pytest $(SIDE_BY_SIDE) -m "not serial and not slow and not team and not gpu and not device"
+	"$(BIN)/python" -m pytest -m "serial and not slow and not team and not gpu and not device"
+
+team-test: setup
+	"$(BIN)/python" -m pytest $(SIDE_BY_SIDE) -m "team and not serial and not slow"
+	"$(BIN)/python" -m pytest -m "team and serial and not slow"
 
 slow-test: setup
 	"$(BIN)/python" -m pytest -m slow
@@ -52,7 +56,7 @@ operating-curve: setup
 
 # JETWAY_KILL_TRIALS=60 make kill-trials: half an hour
 kill-trials: setup
-	JETWAY_KILL_TRIALS=$${JETWAY_KILL_TRIALS:-60} "$(BIN)/python" -m pytest tests/integration/test_kill_trials.py
+	JETWAY_KILL_TRIALS=$${JETWAY_KILL_TRIALS:-60} "$(BIN)/python" -m pytest -m team tests/integration/test_kill_trials.py
 
 clean:
 	if [ -x "$(BIN)/jetway" ]; then "$(BIN)/jetway" stop; fi

@@ -24,7 +24,7 @@ from doubles.servers import MlflowServer, PrefectServer
 
 from jetway.tasks.tracking.tracker import Tracker
 
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.team, pytest.mark.filterwarnings("default")]
 
 TRIALS = int(os.environ.get("JETWAY_KILL_TRIALS", "5"))
 VICTIMS = ("mlflow", "prefect", "worker")

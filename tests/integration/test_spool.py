@@ -20,6 +20,8 @@ from jetway.tasks.store import Store
 from jetway.tasks.tracking.index import MlflowStageIndex
 from jetway.tasks.tracking.tracker import Tracker
 
+pytestmark = pytest.mark.team
+
 WRITES_AND_DIES = """
 import os, sys
 from jetway.tasks.tracking.tracker import Tracker

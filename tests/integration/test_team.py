@@ -27,7 +27,7 @@ from jetway.tasks.on_device import lease
 from jetway.tasks.tracking.tracker import Tracker
 from jetway.tasks.tracking.values import HOST_TAG
 
-pytestmark = [pytest.mark.serial, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.team, pytest.mark.serial, pytest.mark.filterwarnings("default")]
 
 PASSWORD = "it's $ecret"
 BOARDS = ("board-1", "board-2", "board-3")

@@ -18,6 +18,8 @@ from jetway.tasks.errors import TrackingError
 from jetway.tasks.tracking.tracker import Tracker
 from jetway.tasks.tracking.values import HOST_TAG, PROCESS_TAG
 
+pytestmark = pytest.mark.team
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
