@@ -20,24 +20,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
-from mlflow.exceptions import MlflowException
-
 from jetway.tasks import environment
 from jetway.tasks.artifacts import Handle
 from jetway.tasks.errors import TrackingError, TrackingUnreachableError
 from jetway.tasks.tracking.connection import (
     answers,
-    artifact_location,
     embedded_uri,
-    one_at_a_time,
-    open_client,
     tracking_uri,
     translated,
     without_password,
 )
-from jetway.tasks.tracking.files import RunFiles
+from jetway.tasks.tracking.mlflow_runs import MlflowRuns
 from jetway.tasks.tracking.registry import Champion, Registry
 from jetway.tasks.tracking.spool import Line, NewRun, Point, Spool, Write, left_spools
 from jetway.tasks.tracking.values import (
@@ -45,14 +38,10 @@ from jetway.tasks.tracking.values import (
     FILES_PATH,
     HOST_TAG,
     KIND_TAG,
-    METRICS_A_BATCH,
-    MODEL_TRAINING,
     NIGHTS,
     NOTE_TAG,
-    PARAMS_A_BATCH,
     PARENT_TAG,
     PROCESS_TAG,
-    TAGS_A_BATCH,
     TOKEN_TAG,
     ChildKind,
     Files,
@@ -78,6 +67,9 @@ LOOK_S = 15.0
 PIPELINE = f"tags.`{KIND_TAG}` = 'pipeline'"
 _FULL_ID = re.compile("[0-9a-f]{32}")
 
+#: Kinds of runs that do not begin without MLflow; others can be made later.
+MUST_BEGIN = ("pipeline", "nightly")
+
 Answer = TypeVar("Answer")
 
 
@@ -94,13 +86,11 @@ class Tracker:
     def __init__(self, uri: str | None = None, *, run_patience_s: float = RUN_PATIENCE_S) -> None:
         self.uri = uri or tracking_uri()
         self._run_patience_s = run_patience_s
-        self._experiments: dict[str, str] = {}
+        self._mlflow = MlflowRuns(self.uri)
         self._lock = threading.RLock()
         self._spool = Spool(without_password(self.uri))
         #: Experiment of each run that this tracker started.
         self._started: dict[str, str] = {}
-        #: Ids of the runs that were made from the spool, by the token that stood for them.
-        self._made: dict[str, str | None] = {}
         self._away_since_s: float | None = None
         self._looked_s = 0.0
 
@@ -214,8 +204,10 @@ class Tracker:
         """
         with self._lock:
             self._write(Write(run_id=run_id, files={path: local for path, (_, local) in files.items()}))
-            handles = self._run_files.handles(run_id) | {path: handle for path, (handle, _) in files.items()}
-            self.log_json(run_id, FILES_PATH, self._run_files.remember(run_id, handles))
+            handles = self._mlflow.files.handles(run_id) | {
+                path: handle for path, (handle, _) in files.items()
+            }
+            self.log_json(run_id, FILES_PATH, self._mlflow.files.remember(run_id, handles))
 
     def log_json(self, run_id: str, path: str, value: Any) -> None:
         """Attaches a JSON document that is no handle's file."""
@@ -258,7 +250,9 @@ class Tracker:
 
     def run(self, run_id: str) -> RunRecord:
         """The run of this id."""
-        return self._ask(f"read run {run_id}", lambda: self._record(self._client.get_run(run_id)))
+        return self._ask(
+            f"read run {run_id}", lambda: self._mlflow.record(self._mlflow.client.get_run(run_id))
+        )
 
     def find_run(self, id_or_prefix: str) -> RunRecord:
         """The pipeline run or fallback whose id starts with the text, or whose name it is; ``latest`` is the newest
@@ -312,15 +306,15 @@ class Tracker:
 
     def search(self, query: str, *, experiment: str | None = None, limit: int = 10_000) -> list[RunRecord]:
         """Runs that fit an MLflow search string, newest first; in all experiments unless one is named."""
-        return self._ask("search runs", lambda: self._search(query, experiment, limit))
+        return self._ask("search runs", lambda: self._mlflow.search(query, experiment, limit))
 
     def has_file(self, run_id: str, path: str) -> bool:
         """Whether a file of this path is attached to the run."""
-        return self._ask(f"list the files of run {run_id}", lambda: self._run_files.has(run_id, path))
+        return self._ask(f"list the files of run {run_id}", lambda: self._mlflow.files.has(run_id, path))
 
     def load_file(self, run_id: str, path: str, folder: Path) -> Path:
         """Brings an attached file into ``folder`` and returns where it is; a local one stays in its place."""
-        return self._ask(f"fetch {path}", lambda: self._run_files.fetch(run_id, path, folder))
+        return self._ask(f"fetch {path}", lambda: self._mlflow.files.fetch(run_id, path, folder))
 
     def load_json(self, run_id: str, path: str) -> Any:
         """An attached JSON document."""
@@ -336,7 +330,7 @@ class Tracker:
     def files(self, run_id: str) -> dict[str, Handle]:
         """Handles of what ``log_files`` attached, by path."""
         with self._lock:
-            return self._ask(f"read {FILES_PATH}", lambda: self._run_files.handles(run_id))
+            return self._ask(f"read {FILES_PATH}", lambda: self._mlflow.files.handles(run_id))
 
     def page_of(self, run_id: str, path: str) -> str:
         """Where MLflow's pages show an attached file, as a link from any of them: they have one address."""
@@ -345,7 +339,9 @@ class Tracker:
     def page_of_run(self, run_id: str) -> str:
         """Where MLflow's pages show a run, as a link from any of them."""
         experiment = self._started[run_id] if run_id in self._started else self.run(run_id).experiment
-        experiment_id = self._ask(f"read experiment {experiment}", lambda: self._experiment_id(experiment))
+        experiment_id = self._ask(
+            f"read experiment {experiment}", lambda: self._mlflow.experiment_id(experiment)
+        )
         return f"#/experiments/{experiment_id}/runs/{run_id}"
 
     def champion(self, model: str) -> Champion | None:
@@ -381,24 +377,15 @@ class Tracker:
 
     def delete_run(self, run_id: str) -> None:
         """Deletes a run's record; its files stay where they are."""
-        self._ask(f"delete run {run_id}", lambda: self._client.delete_run(run_id))
+        self._ask(f"delete run {run_id}", lambda: self._mlflow.client.delete_run(run_id))
 
     def local_folder(self, run_id: str) -> Path | None:
         """Folder of a run's files where that is on this machine, and no server stands before it."""
-        return self._ask(f"read run {run_id}", lambda: self._run_files.local_folder(run_id))
-
-    @cached_property
-    def _client(self) -> MlflowClient:
-        with self._lock, translated(self.uri, "open"):
-            return open_client(self.uri)
+        return self._ask(f"read run {run_id}", lambda: self._mlflow.files.local_folder(run_id))
 
     @cached_property
     def _registry(self) -> Registry:
-        return Registry(self._client, self.uri)
-
-    @cached_property
-    def _run_files(self) -> RunFiles:
-        return RunFiles(self._client, self.uri)
+        return Registry(self._mlflow.client, self.uri)
 
     def _create(
         self,
@@ -426,9 +413,9 @@ class Tracker:
             started_ms=_now_ms(),
             unless=unless,
         )
-        run_id = self._start(new, may_wait=kind != "pipeline")
+        run_id = self._start(new, may_wait=kind not in MUST_BEGIN)
         self._started[run_id] = experiment
-        self._run_files.remember(run_id, {})
+        self._mlflow.files.remember(run_id, {})
         self.log_params(run_id, params or {})
         return run_id
 
@@ -437,11 +424,11 @@ class Tracker:
         if may_wait and self._must_spool():
             self._spool.append(new)
             return new.token
-        tries = iter([self._make_run])
+        tries = iter([self._mlflow.make_run])
         try:
             return self._ask(
                 f"start a run of {new.experiment}",
-                lambda: next(tries, self._find_or_make_run)(new),
+                lambda: next(tries, self._mlflow.find_or_make_run)(new),
                 self._run_patience_s,
             )
         except TrackingUnreachableError:
@@ -449,18 +436,6 @@ class Tracker:
                 raise
             self._spool.append(new)
             return new.token
-
-    def _find_or_make_run(self, new: NewRun) -> str:
-        """For another try: the server may have made the run and died before it said so."""
-        made = self._search(f"tags.`{TOKEN_TAG}` = '{new.token}'", new.experiment, 1)
-        return made[0].run_id if made else self._make_run(new)
-
-    def _make_run(self, new: NewRun) -> str:
-        experiment_id = self._experiment_id(new.experiment)
-        run = self._client.create_run(
-            experiment_id, start_time=new.started_ms, tags=new.tags, run_name=new.name
-        )
-        return str(run.info.run_id)
 
     def _log(
         self,
@@ -480,7 +455,7 @@ class Tracker:
             self._spool.append(write)
             return
         try:
-            self._ask(f"write to run {write.run_id}", lambda: self._apply(write))
+            self._ask(f"write to run {write.run_id}", lambda: self._mlflow.apply(write))
         except TrackingUnreachableError:
             if not ours:
                 raise
@@ -510,40 +485,17 @@ class Tracker:
         try:
             with translated(self.uri, "take what was spooled"):
                 if isinstance(line, Write):
-                    self._apply(line)
-                elif line.unless and self._search(line.unless, line.experiment, 1):
-                    self._made[line.token] = None
+                    self._mlflow.apply(line)
+                elif line.unless and self._mlflow.search(line.unless, line.experiment, 1):
+                    self._mlflow.drop(line)
                 else:
-                    self._made[line.token] = self._find_or_make_run(line)
+                    self._mlflow.find_or_make_run(line)
         except TrackingUnreachableError:
             raise
         except TrackingError as exc:
             logger.warning("%s", exc)
             return False
         return True
-
-    def _apply(self, write: Write) -> None:
-        run_id = self._made.get(write.run_id, write.run_id)
-        if run_id is None:
-            return
-        self._log_batches(run_id, write)
-        if write.files:
-            self._run_files.attach(run_id, write.files)
-        if write.name is not None:
-            self._client.update_run(run_id, name=write.name)
-        if write.status is not None:
-            self._client.set_terminated(run_id, write.status, write.ended_ms)
-
-    def _log_batches(self, run_id: str, write: Write) -> None:
-        metrics = [Metric(point.name, point.value, point.timestamp_ms, point.step) for point in write.metrics]
-        params = [Param(key, value) for key, value in write.params.items()]
-        tags = [RunTag(key, value) for key, value in write.tags.items()]
-        while metrics or params or tags:
-            self._client.log_batch(
-                run_id, metrics[:METRICS_A_BATCH], params[:PARAMS_A_BATCH], tags[:TAGS_A_BATCH]
-            )
-            metrics = metrics[METRICS_A_BATCH:]
-            params, tags = params[PARAMS_A_BATCH:], tags[TAGS_A_BATCH:]
 
     def _ask(self, what: str, call: Callable[[], Answer], patience_s: float | None = None) -> Answer:
         """Calls MLflow, again and again while it is away; a run has more patience than a command."""
@@ -569,69 +521,6 @@ class Tracker:
                 "MLflow at %s does not answer; waiting up to %.0f s", without_password(self.uri), patience_s
             )
         return time.monotonic() - self._away_since_s < patience_s
-
-    def _search(self, query: str, experiment: str | None, limit: int) -> list[RunRecord]:
-        experiments = self._experiment_ids(experiment)
-        runs: list[Run] = []
-        token: str | None = None
-        while experiments and len(runs) < limit:
-            page = self._client.search_runs(
-                experiments, query, max_results=min(limit - len(runs), 1000),
-                order_by=["attributes.start_time DESC"], page_token=token,
-            )  # fmt: skip
-            runs += page
-            token = page.token
-            if not token:
-                break
-        return [self._record(run) for run in runs]
-
-    def _experiment_id(self, name: str) -> str:
-        with self._lock:
-            if name not in self._experiments:
-                self._experiments[name] = self._make_experiment(name)
-            return self._experiments[name]
-
-    def _make_experiment(self, name: str) -> str:
-        client = self._client
-        with one_at_a_time(self.uri):
-            found = client.get_experiment_by_name(name)
-            if found is not None:
-                return str(found.experiment_id)
-            location = artifact_location(self.uri)
-            try:
-                return str(client.create_experiment(name, location, tags=MODEL_TRAINING))
-            except MlflowException as exc:
-                found = client.get_experiment_by_name(name)
-                if exc.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
-                    raise
-                return str(found.experiment_id)
-
-    def _experiment_ids(self, name: str | None) -> list[str]:
-        if name is None:
-            return [experiment.experiment_id for experiment in self._client.search_experiments()]
-        found = self._client.get_experiment_by_name(name)
-        return [found.experiment_id] if found is not None else []
-
-    def _record(self, run: Run) -> RunRecord:
-        return RunRecord(
-            run_id=run.info.run_id,
-            name=run.info.run_name or "",
-            experiment=self._experiment_name(run.info.experiment_id),
-            status=run.info.status,
-            started_ms=run.info.start_time,
-            params=run.data.params,
-            tags=run.data.tags,
-            metrics=run.data.metrics,
-        )
-
-    def _experiment_name(self, experiment_id: str) -> str:
-        with self._lock:
-            names = {known: name for name, known in self._experiments.items()}
-            if experiment_id not in names:
-                name = str(self._client.get_experiment(experiment_id).name)
-                self._experiments[name] = names[experiment_id] = experiment_id
-                return name
-            return names[experiment_id]
 
 
 def _now_ms() -> int:

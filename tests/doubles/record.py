@@ -23,7 +23,7 @@ def assert_recorded_once(tracker: Tracker, run_id: str) -> None:
         measured = {name: value for name, value in rows[key]["metrics"].items() if value is not None}
         assert child.metrics == measured, f"metrics of {key}"
         for name, value in measured.items():
-            points = tracker._client.get_metric_history(child.run_id, name)
+            points = tracker._mlflow.client.get_metric_history(child.run_id, name)
             assert [point.value for point in points] == [value], f"{name} of {key}"
 
 

@@ -56,7 +56,7 @@ def spool_folders() -> list[Path]:
 
 
 def history(tracker: Tracker, run_id: str, metric: str) -> list[tuple[float, int, int]]:
-    points = tracker._client.get_metric_history(run_id, metric)
+    points = tracker._mlflow.client.get_metric_history(run_id, metric)
     return sorted((point.value, point.timestamp, point.step) for point in points)
 
 
@@ -115,11 +115,11 @@ def test_what_is_written_while_mlflow_is_away_is_there_once_when_it_is_back(
     assert_all_is_there_once(Tracker(server.url), run_id)
     tracker.set_tags(child, {"late": "by the token that stood for the run"})
     assert Tracker(server.url).children(run_id)[0].tags["late"]
-    ended_ms = tracker._client.get_run(run_id).info.end_time
+    ended_ms = tracker._mlflow.client.get_run(run_id).info.end_time
 
     assert Tracker(server.url).replay_left() == len(text.splitlines()) - 1
     assert_all_is_there_once(Tracker(server.url), run_id)
-    assert Tracker(server.url)._client.get_run(run_id).info.end_time == ended_ms
+    assert Tracker(server.url)._mlflow.client.get_run(run_id).info.end_time == ended_ms
     assert spool_folders() == []
 
 
@@ -188,13 +188,13 @@ def test_a_run_cannot_begin_without_mlflow_and_is_not_made_twice_by_a_retry(serv
     assert spool_folders() == []
     server.start()
     tracker = Tracker(server.url)
-    make = tracker._make_run
+    make = tracker._mlflow.make_run
 
     def answer_is_lost(new: Any) -> str:
         make(new)
         raise requests.ConnectionError("the server died before it answered")
 
-    tracker._make_run = answer_is_lost  # type: ignore[method-assign]
+    tracker._mlflow.make_run = answer_is_lost  # type: ignore[method-assign]
     before = {run.run_id for run in tracker.pipeline_runs()}
     run_id = tracker.start_run("digits")
     assert {run.run_id for run in tracker.pipeline_runs()} - before == {run_id}

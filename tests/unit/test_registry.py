@@ -48,7 +48,7 @@ def test_promotion_makes_a_version_with_the_runs_files(tracker):
     promoted = tracker.promote(MODEL, child, "The first.", {"target_class": "loopback"})
     assert promoted == Tracker().champion(MODEL)
     assert (promoted.run_id, promoted.variant, promoted.version) == (parent, "pruned-int8-qat", 1)
-    version = tracker._client.get_model_version_by_alias(MODEL, "champion")
+    version = tracker._mlflow.client.get_model_version_by_alias(MODEL, "champion")
     assert (version.run_id, version.description, version.status) == (child, "The first.", "READY")
     assert version.tags["recipe"] == "digits"
     assert version.tags["target_class"] == "loopback"
@@ -93,7 +93,7 @@ def test_look_up_among_ten_thousand_runs(tracker, tmp_path):
     """The champion and the record of its run, by a tracker that has the database open."""
     parent, child = start_variant(tracker)
     tracker.promote(MODEL, child, "", {})
-    add_runs(tmp_path / "mlflow.db", tracker._client.get_run(parent).info.experiment_id, RUNS)
+    add_runs(tmp_path / "mlflow.db", tracker._mlflow.client.get_run(parent).info.experiment_id, RUNS)
     fresh = Tracker()
     assert len(fresh.pipeline_runs(limit=RUNS + 1)) == RUNS + 1
     started_s = time.perf_counter()

@@ -88,12 +88,12 @@ def test_samples_of_sensors_keep_their_time_and_leave_out_what_was_not_read(trac
         times_s,
         {"power_w.VDD_IN": [5.0] * 900, "temperature_c.gpu@0 (hot)": [NAN, 40.5] * 450},
     )
-    power = tracker._client.get_metric_history(run_id, "power_w.VDD_IN")
+    power = tracker._mlflow.client.get_metric_history(run_id, "power_w.VDD_IN")
     assert len(power) == 900
     power.sort(key=lambda metric: metric.step)
     assert power[-1].timestamp - power[0].timestamp == pytest.approx(89_900, abs=2)
     assert abs(power[-1].timestamp / 1000 - time.time()) < 60
-    warm = tracker._client.get_metric_history(run_id, "temperature_c.gpu_0 _hot_")
+    warm = tracker._mlflow.client.get_metric_history(run_id, "temperature_c.gpu_0 _hot_")
     assert {metric.step % 2 for metric in warm} == {1}
 
 
