@@ -1,4 +1,5 @@
-"""Eight targets take hardly longer than one. Their engines only wait: this shows orchestration, and no speed."""
+"""Eight targets take hardly longer than one, whose run takes about a minute. Their engines only wait, so this shows
+orchestration, and no speed; each costs this machine a few processes for every job, and both sides of its SSH."""
 
 import time
 
@@ -33,22 +34,20 @@ def boards(tmp_path_factory, jetson_project):
 def test_eight_targets_take_hardly_longer_than_one(boards, jetson_project, jetway_here, record_property):
     path = jetson_project / "my_recipe.yaml"
     recipe = yaml.safe_load(path.read_text())
-    recipe["benchmark"] = {"warmup_runs": 2, "min_queries": 100, "min_duration_s": 4, "max_extensions": 0}
+    recipe["benchmark"] = {"warmup_runs": 2, "min_queries": 50, "min_duration_s": 8, "max_extensions": 0}
     path.write_text(yaml.safe_dump(recipe | {"evaluate": {"samples": 200}}))
 
-    def seconds(selector):
+    def seconds(selector, *changes):
         began = time.monotonic()
-        run = jetway_here("run", "my_recipe.yaml", "--target", selector, "--json", cwd=jetson_project)
+        words = ["--target", selector, *changes, "--json"]
+        run = jetway_here("run", "my_recipe.yaml", *words, cwd=jetson_project)
         assert run.json["status"] == "FINISHED", run.stderr
         assert all(row["simulated"] for row in run.json["variants"])
-        return time.monotonic() - began, run.json
+        assert len(run.json["targets"]) == (1 if selector == "simulated-1" else COUNT)
+        return time.monotonic() - began
 
-    seconds("class=simulated")
-    one_s, _ = seconds("simulated-1")
-    all_s, told = seconds("class=simulated")
-    assert len(told["targets"]) == COUNT
+    seconds("class=simulated", "--set", "benchmark.min_duration_s=0.5", "--set", "evaluate.samples=10")
+    one_s, all_s = seconds("simulated-1"), seconds("class=simulated")
     record_property("ratio", all_s / one_s)
     print(f"{COUNT} simulated targets took {all_s:.1f} s, one {one_s:.1f} s: x{all_s / one_s:.2f}")
-    for stage in told["stages"]:
-        print(stage)
     assert all_s <= LONGEST_RATIO * one_s
