@@ -57,6 +57,9 @@ from jetway.tasks.onnx_graph import (
 # Largest bias in units of its scale: what a sum of products may reach besides it still fits into int32.
 _BIAS_LIMIT = 2.0**30
 
+# QAT moves a tensor's largest value a little, which is not yet a range that cuts.
+_SLIGHTLY_BEYOND = 0.1
+
 # ONNX Runtime's own float operators with an activation inside.
 FUSED = {"Conv": "FusedConv", "Gemm": "FusedGemm"}
 
@@ -88,8 +91,10 @@ def lower_for_onnxruntime(
 ) -> Lowered:
     """Lowers an exported int8 graph. ``feeds`` are calibration inputs by name, each with its batch dimension.
 
-    ``trained`` says that the network was trained with its quantizers. It has then come to rely on what their steps
-    round away, and they stay as they are; else values that cannot be negative get steps half as large.
+    ``trained`` says that the network was trained with its quantizers. It has then come to rely on what they cut off
+    and on what their steps round away. Of values that cannot be negative, uint8 can keep one of the two at no cost: it
+    ends where the quantizer does, with steps half as large, if the calibration data reach beyond, and keeps the steps
+    if they do not. Else, the steps are always half as large.
     The given graph is used up. Raises ExportError when its Q/DQ are not those of Jetway's export.
     """
     form = to_float_form(graph)
@@ -99,7 +104,7 @@ def lower_for_onnxruntime(
     costs = [unit_costs(unit, shapes, quantized=unit.node.output[0] in form.quantized) for unit in units]
     integer = choose_integer(form.graph, units, shapes, costs)
     plan = _Plan(form.graph, units, integer, shapes)
-    observed = observe_ranges(form.graph, _unknown(form, plan), feeds, threads=threads)
+    observed = observe_ranges(form.graph, _to_observe(form, plan, trained=trained), feeds, threads=threads)
     affine = _affine(form, plan, observed, trained=trained)
     _Emitter(plan, affine).rewrite()
     return Lowered(form.graph, _islands(units, integer, costs), _integer_ratio(units, integer))
@@ -158,9 +163,10 @@ def _ranges_before_movement(form: FloatForm, units: list[Unit]) -> dict[str, flo
     return ranges
 
 
-def _unknown(form: FloatForm, plan: _Plan) -> list[str]:
-    """Quantized tensors whose range no quantizer gave."""
-    return [name for name in plan.quantized if name not in form.ranges]
+def _to_observe(form: FloatForm, plan: _Plan, *, trained: bool) -> list[str]:
+    """Quantized tensors whose range no quantizer gave, or which a quantizer may cut off."""
+    positive = _non_negative_tensors(plan.units) if trained else set()
+    return [name for name in plan.quantized if name not in form.ranges or name in positive]
 
 
 def _affine(
@@ -177,7 +183,8 @@ def _affine(
             continue
         upper = form.ranges[name] if name in form.ranges else observed[name][1]
         limit = unit.limits.upper if unit is not None and unit.limits is not None else None
-        if name in positive and name in form.ranges and trained and limit is None:
+        cut_off = name in observed and observed[name][1] > upper * (1 + _SLIGHTLY_BEYOND)
+        if name in positive and name in form.ranges and trained and limit is None and not cut_off:
             affine[name] = steps_of_int8(upper)
         elif name in positive:
             affine[name] = non_negative(upper if limit is None else min(upper, limit))

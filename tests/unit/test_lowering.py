@@ -308,6 +308,14 @@ def test_lower_keeps_the_steps_that_a_network_was_trained_with() -> None:
     assert kept < 0.1 * finer
 
 
+def test_lower_cuts_off_what_the_quantizers_of_a_trained_network_cut_off() -> None:
+    b = QdqBuilder(64, 16)
+    t = b.relu(b.convolution("x", 64, 64))
+    graph = b.graph(b.convolution(t, 64, 64, magnitude=1.0))
+    trained = lower_for_onnxruntime(deepcopy(graph), feeds(graph, 32), trained=True)
+    assert relative_error(graph, trained.graph) <= 0.05
+
+
 @pytest.mark.parametrize("biased", [True, False])
 def test_lower_computes_linear_layers_of_tokens_in_integers(biased: bool, tmp_path: Path) -> None:
     b = QdqBuilder(96, 12)
