@@ -319,7 +319,7 @@ class VerifyConfig(StageSection):
     rtol: float = Field(default=1e-3, ge=0, description="Allowed error as a fraction of each value.")
     fp16_atol: float = Field(default=0.01, ge=0, description="atol for fp16 variants.")
     bf16_atol: float = Field(default=0.05, ge=0, description="atol for bf16 variants.")
-    int8_atol: float = Field(default=0.10, ge=0, description="atol for int8 variants.")
+    int8_atol: float = Field(default=0.20, ge=0, description="atol for int8 variants.")
     int8_outliers: float = Field(
         default=1e-3,
         ge=0,
