@@ -7,6 +7,7 @@ import signal
 from typing import Any
 
 from httpx import HTTPError
+from prefect import tags
 from prefect.client.schemas.objects import State
 from prefect.exceptions import PrefectException
 from rich.console import Console
@@ -17,6 +18,7 @@ from jetway.flows.publish import RESULT_PATH
 from jetway.flows.run import TerminalObserver, check_inputs, current_run_id, interrupt
 from jetway.flows.server import Server, prefect_settings
 from jetway.flows.terminal import Terminal
+from jetway.flows.zombies import process_tag
 from jetway.tasks.comparison_table import comparison_notes, comparison_tables
 from jetway.tasks.errors import TrackingError
 from jetway.tasks.nightly import NightResult, Policy
@@ -59,7 +61,7 @@ def call_flow(
 ) -> NightResult:
     """Raises what the flow raises; a night that ends red does not raise."""
     try:
-        with prefect_settings(server):
+        with prefect_settings(server), tags(process_tag()):
             state: State[Any] = nightly(
                 recipes, targets, overrides, policy, budget_minutes, return_state=True
             )

@@ -10,6 +10,7 @@ breaks off starts over.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 import threading
@@ -18,12 +19,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from jetway.tasks.artifacts import SCHEMA_VERSION, file_sha256
 from jetway.tasks.store import jetway_home
 from jetway.tasks.tracking.connection import place_file
 from jetway.tasks.tracking.values import Status
+
+logger = logging.getLogger("jetway")
 
 LINES = "writes.jsonl"
 REFUSED = "refused.jsonl"
@@ -81,7 +84,7 @@ class Spool:
     """The spool of this process. Nothing is made on the disk before the first line."""
 
     def __init__(self, uri: str) -> None:
-        self.folder = jetway_home() / "spool" / uuid.uuid4().hex[:12]
+        self.folder = _new_folder()
         self._uri = uri
         self._file: IO[bytes] | None = None
         self._sent = 0
@@ -113,6 +116,7 @@ class Spool:
                 _put_away(self.folder, self._all_taken)
                 self._file.close()
                 self._file, self._lines, self._sent, self._all_taken = None, [], 0, True
+                self.folder = _new_folder()
 
     def _open(self) -> None:
         (self.folder / "files").mkdir(parents=True, exist_ok=True)
@@ -165,8 +169,18 @@ def left_spools() -> Iterator[LeftSpool]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            if b"\n" in (text := file.read()):
-                yield LeftSpool(path.parent, text)
+            if b"\n" not in (text := file.read()):
+                continue
+            try:
+                left = LeftSpool(path.parent, text)
+            except ValidationError as exc:
+                logger.warning("%s stays, as another version of Jetway wrote it: %s", path, exc)
+                continue
+            yield left
+
+
+def _new_folder() -> Path:
+    return jetway_home() / "spool" / uuid.uuid4().hex[:12]
 
 
 def _put_away(folder: Path, all_taken: bool) -> None:

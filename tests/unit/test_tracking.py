@@ -408,6 +408,15 @@ def test_a_spool_of_a_dead_process_is_read_up_to_its_torn_end(home: Path, tmp_pa
     assert not folder.exists()
 
 
+def test_a_spool_of_another_version_is_left_where_it_is(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = home / "spool" / "old"
+    folder.mkdir(parents=True)
+    (folder / "writes.jsonl").write_text('{"uri": "http://mlflow", "of": "the future"}\n')
+    assert list(left_spools()) == []
+    assert "another version of Jetway" in caplog.text
+    assert (folder / "writes.jsonl").exists()
+
+
 def test_a_handover_goes_on_where_it_broke_off(home: Path) -> None:
     spool = Spool("http://mlflow")
     for number in range(3):
@@ -425,7 +434,8 @@ def test_a_handover_goes_on_where_it_broke_off(home: Path) -> None:
     with pytest.raises(TrackingUnreachableError):
         spool.replay(send)
     assert spool.waiting == 2
+    folder = spool.folder
     spool.replay(send)
     assert sent == ["0", "broken", "1", "2"]
     assert spool.waiting == 0
-    assert not spool.folder.exists()
+    assert not folder.exists()
