@@ -106,7 +106,7 @@ def small_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe["benchmark"] = {"min_duration_s": 0.3, "min_queries": 100, "max_extensions": 0}
     (folder / "my_recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "targets").mkdir()
-    target = {"name": "quick", "kind": "loopback", "orphan_grace_s": 5}
+    target = {"name": "quick", "kind": "loopback", "orphan_grace_s": 5, "quarantine_after": 0}
     (folder / "targets/quick.yaml").write_text(yaml.safe_dump(target))
     return folder
 
