@@ -191,6 +191,7 @@ def conclude(
                 log_row(run, one, row, networks[row.variant])
     table = "\n\n".join([stage_table_markdown(rows, metrics), *map(outcome_line, without_result(outcomes))])
     run.tracker.describe(run.run_id, description_of(run, table, measured))
+    run.tracker.share_view(run.run_id, [name for one in metrics for name in (one.name, drop_name(one))])
     tags = {"gate": worst_gate(rows), "validity": validity_of(rows)}
     run.tracker.set_tags(run.run_id, tags | outcome_tags(outcomes))
     if any(row.simulated for row in rows):
@@ -228,7 +229,8 @@ def run_exit_code(outcomes: Sequence[TargetOutcome]) -> int:
 def description_of(run: Pipeline, table: str, measured: Sequence[Measured]) -> str:
     """What a reviewer reads first: the recipe's sentence, what was chosen, the stage table, and what frames cost."""
     report = (
-        f"[The report]({run.tracker.page_of(run.run_id, REPORT_PATH)}) has charts and tells what they mean."
+        f"[The report]({run.tracker.page_of(run.run_id, REPORT_PATH)}) has charts and tells what they mean; "
+        f"[all variants]({run.tracker.page_of_view(run.run_id)}) of this recipe's runs stand in one table."
     )
     parts = [run.recipe.description, report, *run.notes, table]
     for one in measured:

@@ -31,7 +31,7 @@ def start_ui() -> None:
     the user's own is shown instead of a local one.
     """
     uri = tracking_uri()
-    with start_server() as prefect, _mlflow_pages(uri) as mlflow_url:
+    with start_server() as prefect, mlflow_pages(uri) as mlflow_url:
         prefect.wait_ready()
         print(f"MLflow   {mlflow_url}\nPrefect  {prefect.ui_url}\nCtrl-C ends this.", flush=True)
         with suppress(KeyboardInterrupt):
@@ -40,7 +40,7 @@ def start_ui() -> None:
 
 
 @contextmanager
-def _mlflow_pages(uri: str) -> Iterator[str]:
+def mlflow_pages(uri: str) -> Iterator[str]:
     """Address of MLflow's pages, served from here unless ``uri`` is a server already."""
     if uri.startswith("http"):
         yield without_password(uri)

@@ -65,6 +65,10 @@ class MlflowRuns:
         if run_id is None:
             return
         self._log_batches(run_id, write)
+        if write.shared_tags:
+            experiment_id = self.client.get_run(run_id).info.experiment_id
+            for key, value in write.shared_tags.items():
+                self.client.set_experiment_tag(experiment_id, key, value)
         if write.files:
             self.files.attach(run_id, write.files)
         if write.name is not None:

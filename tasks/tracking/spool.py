@@ -62,12 +62,16 @@ class Point(_Line):
 
 
 class Write(_Line):
-    """What one run gets; what is not given stays as it is. ``files`` are by the path in MLflow."""
+    """What one run gets; what is not given stays as it is. ``files`` are by the path in MLflow.
+
+    ``shared_tags`` are tags of the run's experiment.
+    """
 
     run_id: str
     metrics: tuple[Point, ...] = ()
     params: dict[str, str] = {}
     tags: dict[str, str] = {}
+    shared_tags: dict[str, str] = {}
     name: str | None = None
     files: dict[str, Path] = {}
     status: Status | None = None

@@ -51,6 +51,7 @@ from jetway.tasks.tracking.values import (
     short_tags,
     short_text,
 )
+from jetway.tasks.tracking.view import VARIANTS, variants_view
 
 logger = logging.getLogger("jetway")
 
@@ -197,6 +198,10 @@ class Tracker:
         """Sets the description that MLflow shows on top of the run's page."""
         self.set_tags(run_id, {NOTE_TAG: markdown})
 
+    def share_view(self, run_id: str, scores: Sequence[str]) -> None:
+        """Sets the columns of the table of all variants of the run's recipe: ``scores`` and what all recipes have."""
+        self._write(Write(run_id=run_id, shared_tags=variants_view(scores)))
+
     def log_files(self, run_id: str, files: Files) -> None:
         """Attaches files by the path a reviewer sees: ``{"prune/pruned.safetensors": (handle, local_path)}``.
 
@@ -338,11 +343,18 @@ class Tracker:
 
     def page_of_run(self, run_id: str) -> str:
         """Where MLflow's pages show a run, as a link from any of them."""
+        return f"{self._page_of_runs(run_id)}/{run_id}"
+
+    def page_of_view(self, run_id: str) -> str:
+        """Where MLflow's pages show the table of all variants of the run's recipe, as a link from any of them."""
+        return f"{self._page_of_runs(run_id)}?viewStateShareKey={VARIANTS}"
+
+    def _page_of_runs(self, run_id: str) -> str:
         experiment = self._started[run_id] if run_id in self._started else self.run(run_id).experiment
         experiment_id = self._ask(
             f"read experiment {experiment}", lambda: self._mlflow.experiment_id(experiment)
         )
-        return f"#/experiments/{experiment_id}/runs/{run_id}"
+        return f"#/experiments/{experiment_id}/runs"
 
     def champion(self, model: str) -> Champion | None:
         """The champion of a registered model; None before the first promotion."""

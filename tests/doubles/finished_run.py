@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from jetway.configs.schema import Gate
 from jetway.flows.pipeline import yaml_of
-from jetway.flows.record import RESULT_PATH, RunResult
+from jetway.flows.record import RESULT_PATH, RunResult, validity_of, worst_gate
 from jetway.tasks.artifacts import Checkpoint, Engine, OnnxModel, Report, Tensors
 from jetway.tasks.cascade_result import STEPS as CASCADE_STEPS
 from jetway.tasks.cascade_result import CascadeResult, VariantCascade
@@ -277,6 +277,7 @@ def store_run(run: RunMaterial, recipe: object, tracker: Tracker, store: Store) 
         task_metrics=tuple(run.metrics),
     )
     tracker.log_json(run_id, RESULT_PATH, result.model_dump(mode="json"))
+    tracker.share_view(run_id, [metric.name for metric in run.metrics])
     tracker.finish(run_id, "FINISHED")
     return run_id
 
@@ -299,8 +300,10 @@ def store_target(tracker: Tracker, store: Store, run_id: str, name: str, target:
 
 
 def store_row(tracker: Tracker, store: Store, run_id: str, row: VariantResult) -> None:
-    tags = {"variant": row.variant, "target": row.target}
+    judged = {"validity": validity_of([row]), "gate": worst_gate([row])}
+    tags = {"variant": row.variant, "target": row.target, "board": row.board, **judged}
     child = tracker.start_child(run_id, f"{row.variant} on {row.target}", {}, tags)
+    tracker.log_metrics(child, row.metrics)
     passport = {"platform": {"engine": "onnxruntime", "engine_version": "1.31.1"}}
     kinds = {
         "checkpoint.safetensors": (Checkpoint, {}),
