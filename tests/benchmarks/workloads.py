@@ -3,7 +3,7 @@
     python tests/benchmarks/workloads.py [--seeds 3] [--as-shipped] [RECIPE ...]
 
 The recipes as they are shipped train for minutes, which leaves baselines that go on learning whatever is done to
-them. Here they are trained for longer, so that what is lost is lost: minutes on a GPU, hours on a small CPU.
+them. Here they are trained for longer, so that what is lost is lost: minutes a run on a GPU.
 Accuracy is the mean over the seeds with its 95 % interval (Student's t); everything else is of the first seed's
 session. Finished runs are kept, so that an interrupted command goes on: ``--folder`` says where.
 """
@@ -31,7 +31,7 @@ ACCURACY = {
     "segmenter": ("miou",),
     "bev_fusion": ("map", "miou"),
 }
-#: Until the baseline has learnt what it can.
+#: About four times as long as shipped.
 LONGER = {
     "mobilenet_v3": ("train.epochs=20", "finetune.epochs=24", "qat.epochs=2", "qat.learning_rate=1e-4"),
     "detector": ("train.epochs=16", "finetune.epochs=20", "qat.epochs=3"),

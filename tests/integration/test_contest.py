@@ -11,6 +11,8 @@ from jetway.tasks.stage import StageContext
 from jetway.tasks.store import Store
 from jetway.tasks.target.session import open_target
 
+pytestmark = pytest.mark.team
+
 LAYERS = 2
 
 

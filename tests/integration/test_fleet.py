@@ -8,7 +8,7 @@ import yaml
 
 from jetway.tasks.tracking.tracker import Tracker
 
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.team, pytest.mark.filterwarnings("default")]
 
 RECIPE = {
     "variants": ["baseline-fp32"],

@@ -17,6 +17,8 @@ from jetway.flows.ui import mlflow_pages
 from jetway.tasks.store import Store
 from jetway.tasks.tracking.tracker import Tracker
 
+pytestmark = pytest.mark.team
+
 
 @pytest.fixture(scope="module")
 def look(tmp_path_factory):

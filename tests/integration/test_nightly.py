@@ -17,7 +17,7 @@ from jetway.tasks.tracking.tracker import Tracker
 from jetway.tasks.tracking.values import PARENT_TAG
 from jetway.tasks.verdict import LOOKS
 
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.team, pytest.mark.filterwarnings("default")]
 
 NAME = "nights"
 WORKLOAD = """

@@ -6,7 +6,7 @@ import yaml
 from jetway.tasks.deployment import find_deployment
 from jetway.tasks.tracking.tracker import Tracker
 
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.team, pytest.mark.filterwarnings("default")]
 
 
 @pytest.fixture

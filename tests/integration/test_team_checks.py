@@ -13,6 +13,8 @@ from jetway.tasks.on_device import lease
 from jetway.tasks.tracking.spool import Spool
 from jetway.tasks.tracking.tracker import Tracker
 
+pytestmark = pytest.mark.team
+
 JOB = """
 import os, sys, time
 from jetway.tasks.on_device import lease
