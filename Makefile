@@ -54,7 +54,7 @@ operating-curve: setup
 	mkdir -p .jetway
 	"$(BIN)/python" tests/benchmarks/operating_curve.py .jetway/operating_curve.jsonl --chart .github/operating-curve.png
 
-# JETWAY_KILL_TRIALS=60 make kill-trials: half an hour
+# JETWAY_KILL_TRIALS=60 make kill-trials: an hour
 kill-trials: setup
 	JETWAY_KILL_TRIALS=$${JETWAY_KILL_TRIALS:-60} "$(BIN)/python" -m pytest -m team tests/integration/test_kill_trials.py
 

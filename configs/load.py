@@ -84,6 +84,18 @@ def load_target(name_or_path: str, *, near: Path | None = None) -> Target:
     return target
 
 
+def check_one_each(recipes: Iterable[tuple[str, Recipe]]) -> None:
+    """Raises ConfigError for two recipes of one name, as champions go by it; each beside its choice."""
+    given: dict[str, str] = {}
+    for choice, recipe in recipes:
+        if recipe.name in given:
+            raise ConfigError(
+                f"{given[recipe.name]!r} and {choice!r} are both the recipe {recipe.name!r}. Name each recipe "
+                "once, and give every recipe file a name of its own."
+            )
+        given[recipe.name] = choice
+
+
 def load_targets(choices: Sequence[str], *, near: Path | None = None) -> list[Target]:
     """The targets of those names and files, those that selectors of labels (``class=orin,site=lab``) fit, or ``all``.
 

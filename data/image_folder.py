@@ -3,6 +3,8 @@
 DATA/train/cat/one.jpg            classification: the folders of a split are its classes, in their order
 DATA/train/images/one.jpg         segmentation: a mask of the same name holds the class of each pixel
 DATA/train/masks/one.png
+DATA/train/images/one.jpg         detection: a line an object, its class, and the middle and the size of its box
+DATA/train/labels/one.txt         as shares of the image, as YOLO's tools write them; none where nothing is shown
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from jetway.data.boxes import Floats, seen_boxes
 from jetway.tasks.errors import WorkloadError
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -29,11 +33,15 @@ IGNORED = 255
 
 @dataclass(frozen=True)
 class Preparation:
-    """How an image becomes an input: scaled so that its shorter side fits, cropped in the middle, normalized."""
+    """How an image becomes an input: scaled so that its shorter side fits, cropped in the middle, normalized.
+
+    With ``padding``, a grey level, its whole is kept instead, in the middle of a square.
+    """
 
     size: int
     mean: tuple[float, ...] = MEAN
     deviation: tuple[float, ...] = DEVIATION
+    padding: int | None = None
 
     def image(self, path: Path, crop: Crop) -> Tensor:
         """float32 [3, size, size]."""
@@ -47,7 +55,27 @@ class Preparation:
         cropped = self._cropped(_opened(path, None), crop, Image.Resampling.NEAREST)
         return torch.from_numpy(np.asarray(cropped).astype(np.int64))
 
+    def boxes(self, boxes: Floats, source: tuple[int, int], crop: Crop) -> tuple[Floats, NDArray[np.bool_]]:
+        """Boxes [n, 4], given as shares of an image of ``source`` pixels, cropped as it is, and which are seen."""
+        side, margins = _square(source)
+        x1, y1, x2, _ = crop.box((side, side))
+        pixels = boxes * np.array([*source, *source], np.float32)
+        seen, kept = seen_boxes(pixels, (x1 - margins[0], y1 - margins[1]), self.size / (x2 - x1), self.size)
+        return (self._mirrored(seen) if crop.is_flipped else seen), kept
+
+    def _mirrored(self, boxes: Floats) -> Floats:
+        return np.column_stack([self.size - boxes[:, 2], boxes[:, 1], self.size - boxes[:, 0], boxes[:, 3]])
+
+    def _squared(self, image: Image.Image) -> Image.Image:
+        if self.padding is None:
+            return image
+        side, margins = _square(image.size)
+        canvas = Image.new(image.mode, (side, side), (self.padding,) * len(image.getbands()))
+        canvas.paste(image, margins)
+        return canvas
+
     def _cropped(self, image: Image.Image, crop: Crop, resampling: Image.Resampling) -> Image.Image:
+        image = self._squared(image)
         cropped = image.resize((self.size, self.size), resampling, box=crop.box(image.size))
         return cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.is_flipped else cropped
 
@@ -124,6 +152,31 @@ class SegmentedImages(Dataset[tuple[dict[str, Tensor], Tensor]]):
         return {"image": self.preparation.image(image, crop)}, self.preparation.mask(mask, crop)
 
 
+class BoxedImages(Dataset[tuple[dict[str, Tensor], dict[str, Tensor]]]):
+    """One split for detection: ``boxes`` [most, 4] in pixels of the input and ``labels`` [most], filled up with -1."""
+
+    def __init__(
+        self, folder: Path, classes: int, preparation: Preparation, *, smallest_crop: float = 1.0
+    ) -> None:
+        assert preparation.padding is not None, "boxes are counted from a padded image's corner"
+        self.images = image_paths(folder / "images")
+        self.objects = [_objects(folder / "labels" / f"{path.stem}.txt", classes) for path in self.images]
+        self.most = max(1, *(len(objects) for objects in self.objects))
+        self.preparation, self.smallest_crop = preparation, smallest_crop
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        path, objects, crop = self.images[index], self.objects[index], _crop(self.smallest_crop)
+        with Image.open(path) as image:
+            seen, kept = self.preparation.boxes(_corners(objects[:, 1:]), image.size, crop)
+        boxes, labels = torch.full((self.most, 4), -1.0), torch.full((self.most,), -1)
+        boxes[: kept.sum()] = torch.from_numpy(seen[kept])
+        labels[: kept.sum()] = torch.from_numpy(objects[kept, 0])
+        return {"image": self.preparation.image(path, crop)}, {"boxes": boxes, "labels": labels}
+
+
 def class_names(folder: Path) -> tuple[str, ...]:
     """Folders of a split, in their order. Raises WorkloadError when there is none."""
     names = tuple(sorted(entry.name for entry in _entries(folder) if entry.is_dir()))
@@ -144,6 +197,30 @@ def _entries(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise WorkloadError(f"There is no folder {folder}. Correct workload.options.data, or make it.")
     return list(folder.iterdir())
+
+
+def _objects(path: Path, classes: int) -> Floats:
+    """Class, and middle and size of the box, of each line; none without a file. Raises WorkloadError."""
+    lines = [line.split() for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+    for number, fields in enumerate(lines, 1):
+        if len(fields) != 5 or not fields[0].isdigit() or int(fields[0]) >= classes:
+            raise WorkloadError(
+                f"{path}:{number}: {' '.join(fields)!r} is no object. Write its class, from 0 to {classes - 1}, and "
+                "the middle's x and y and the width and height of its box, as shares of the image."
+            )
+    return np.array(lines, dtype=np.float32).reshape(-1, 5)
+
+
+def _corners(boxes: Floats) -> Floats:
+    """x1, y1, x2, y2 of boxes [n, 4] by middle and size."""
+    middle, half = boxes[:, :2], boxes[:, 2:] / 2
+    return np.concatenate([middle - half, middle + half], axis=1)
+
+
+def _square(size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """Side of the square that holds an image, and what is left of it and above."""
+    side = max(size)
+    return side, ((side - size[0]) // 2, (side - size[1]) // 2)
 
 
 def _crop(smallest_share: float) -> Crop:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from jetway.data.digits import Split, split_indices
+from jetway.data.scene_augmentation import Augmentation, random_window, randomly_lit
 from jetway.tasks.frames import FrameInput
 
 Floats = NDArray[np.float32]
@@ -79,6 +80,34 @@ def scenes(split: Split, config: SceneConfig, count: int) -> tuple[Scene, ...]:
     return tuple(render_scene(split, config, index) for index in range(count))
 
 
+def augmented(scene: Scene, augmentation: Augmentation) -> Scene:
+    """The scene through a random window, in another light."""
+    window = random_window(scene.image.shape[-1], augmentation)
+    boxes, kept = window.boxes(scene.boxes)
+    return Scene(
+        image=randomly_lit(window.image(scene.image), augmentation),
+        mask=window.mask(scene.mask),
+        boxes=boxes[kept],
+        labels=scene.labels[kept],
+    )
+
+
+class _Scenes:
+    """Scenes by index, as they are or augmented anew each time."""
+
+    def __init__(
+        self, split: Split, config: SceneConfig, count: int, augmentation: Augmentation | None = None
+    ) -> None:
+        self.scenes, self.augmentation = scenes(split, config, count), augmentation
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def scene(self, index: int) -> Scene:
+        scene = self.scenes[index]
+        return augmented(scene, self.augmentation) if self.augmentation else scene
+
+
 def image_input(size: int) -> FrameInput:
     """How a frame becomes the input of a network on scenes or crops of them."""
     return FrameInput(name="image", size=(size, size), mean=(MEAN,) * 3, deviation=(DEVIATION,) * 3)
@@ -89,34 +118,22 @@ def normalized(image: Bytes) -> Tensor:
     return (torch.from_numpy(image).float() - MEAN) / DEVIATION
 
 
-class DetectionScenes(Dataset[tuple[dict[str, Tensor], dict[str, Tensor]]]):
+class DetectionScenes(_Scenes, Dataset[tuple[dict[str, Tensor], dict[str, Tensor]]]):
     """Images with ``boxes`` [MAX_DIGITS, 4] in pixels and ``labels`` [MAX_DIGITS], filled up with -1."""
 
-    def __init__(self, split: Split, config: SceneConfig, count: int) -> None:
-        self.scenes = scenes(split, config, count)
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
     def __getitem__(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        scene = self.scenes[index]
+        scene = self.scene(index)
         boxes, labels = torch.full((MAX_DIGITS, 4), -1.0), torch.full((MAX_DIGITS,), -1)
         boxes[: len(scene.boxes)] = torch.from_numpy(scene.boxes)
         labels[: len(scene.labels)] = torch.from_numpy(scene.labels)
         return {"image": normalized(scene.image)}, {"boxes": boxes, "labels": labels}
 
 
-class SegmentationScenes(Dataset[tuple[dict[str, Tensor], Tensor]]):
+class SegmentationScenes(_Scenes, Dataset[tuple[dict[str, Tensor], Tensor]]):
     """Images with their mask, int64 [size, size]."""
 
-    def __init__(self, split: Split, config: SceneConfig, count: int) -> None:
-        self.scenes = scenes(split, config, count)
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
     def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
-        scene = self.scenes[index]
+        scene = self.scene(index)
         return {"image": normalized(scene.image)}, torch.from_numpy(scene.mask).long()
 
 
@@ -126,14 +143,26 @@ class DigitCrops(Dataset[tuple[dict[str, Tensor], int]]):
     #: Side of the crop as a multiple of the box's longer side, and how far its centre is off, as a share.
     MARGIN, JITTER = 1.35, 0.1
 
-    def __init__(self, split: Split, config: SceneConfig, count: int, crop_size: int) -> None:
+    def __init__(
+        self,
+        split: Split,
+        config: SceneConfig,
+        count: int,
+        crop_size: int,
+        augmentation: Augmentation | None = None,
+    ) -> None:
         self.images, self.labels = digit_crops(split, config, count, crop_size)
+        self.augmentation = augmentation
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[dict[str, Tensor], int]:
-        return {"image": normalized(self.images[index].numpy())}, int(self.labels[index])
+        image = self.images[index].numpy()
+        if self.augmentation:
+            window = random_window(image.shape[-1], self.augmentation)
+            image = randomly_lit(window.image(image), self.augmentation)
+        return {"image": normalized(image)}, int(self.labels[index])
 
 
 @lru_cache(maxsize=8)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from jetway.configs.load import load_recipe, load_target, load_targets
+from jetway.configs.load import check_one_each, load_recipe, load_target, load_targets
 from jetway.flows import STARTED_S
 from jetway.flows.failure import Failure
 from jetway.tasks.errors import ConfigError, JetwayError
@@ -152,8 +152,9 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def nightly(options: argparse.Namespace) -> int:
-    for name in options.recipes:
-        recipe, path = load_recipe(name, options.set)
+    recipes = [(name, *load_recipe(name, options.set)) for name in options.recipes]
+    check_one_each([(name, recipe) for name, recipe, _ in recipes])
+    for _, recipe, path in recipes:
         load_targets(options.target or recipe.targets, near=path)
         find_workload(recipe.workload, search_path=[Path.cwd(), path.parent])
     from jetway.flows.server import start_server
@@ -366,7 +367,7 @@ def _nightly_arguments(sub: argparse.ArgumentParser) -> None:
         "--promote",
         choices=("never", "on-improvement", "by-hand"),
         default="on-improvement",
-        help="when a candidate becomes champion; the first one does if it is sound, but with never",
+        help="when a candidate becomes champion; on-improvement takes the first sound one too",
     )
     sub.add_argument(
         "--budget-minutes",

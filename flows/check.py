@@ -12,6 +12,7 @@ from torch import nn
 from jetway.configs.load import fallback_recipes
 from jetway.configs.schema import (
     BenchmarkConfig,
+    CalibrationMethod,
     DistillationConfig,
     EngineName,
     Precision,
@@ -19,7 +20,7 @@ from jetway.configs.schema import (
     Stage,
     Target,
 )
-from jetway.flows.pipeline import Observer, make_context
+from jetway.flows.pipeline import Observer, classifier_recipe, make_context
 from jetway.tasks.calibrate import calibration_sets
 from jetway.tasks.calibration import calibration_set
 from jetway.tasks.contract import Contract, JetPack, contract_of
@@ -33,27 +34,52 @@ from jetway.tasks.patterns import matching_attention, matching_names, prunable_n
 from jetway.tasks.preflight import check_target, probe_target, warn_of_fallbacks
 from jetway.tasks.quantization import matching_modules
 from jetway.tasks.requirements import profile_problems
+from jetway.tasks.smoothing import NOTHING_TO_SMOOTH, has_smoothable_layers
 from jetway.tasks.target.session import open_target
 from jetway.tasks.target.trust import fetch_host_key, record_host_key
 from jetway.tasks.target_info import EngineInfo, TargetInfo
-from jetway.tasks.workload import Workload, check_workload
+from jetway.tasks.workload import Workload, check_training_data, check_workload
 
 
 def check_recipe(recipe: Recipe, path: Path, targets: Sequence[Target]) -> None:
     """Raises what a run would raise before it trains anything."""
     check_without_targets(recipe, path)
+    for own, beside in trained_recipes(recipe, path):
+        check_training_data(make_context(own, beside, Observer()).workload)
     for target in targets:
         info = probe(target, recipe.benchmark)
         check_target(recipe, target, info)
         warn_of_fallbacks(recipe, target, info)
 
 
+def trained_recipes(recipe: Recipe, path: Path) -> list[tuple[Recipe, Path]]:
+    """The recipe, and that of a cascade's classifier, each with its file."""
+    return [(recipe, path), *([classifier_recipe(recipe, path)] if recipe.cascade else [])]
+
+
 def check_without_targets(recipe: Recipe, path: Path) -> None:
     """Raises what a run would raise before it has looked at a target."""
+    check_one(recipe, path)
+    check_classifier(recipe, path)
+    check_fallbacks(recipe, path)
+
+
+def check_one(recipe: Recipe, path: Path) -> None:
+    """The recipe's own workload, and whether the recipe fits it."""
     workload = make_context(recipe, path, Observer()).workload
     check_workload(workload)
     check_recipe_fits(recipe, path, workload)
-    check_fallbacks(recipe, path)
+
+
+def check_classifier(recipe: Recipe, path: Path) -> None:
+    """The same for the recipe of a cascade's classifier, which is trained after the detector. Raises ConfigError."""
+    if recipe.cascade is None:
+        return
+    classifier, beside = classifier_recipe(recipe, path)
+    try:
+        check_one(classifier, beside)
+    except JetwayError as exc:
+        raise ConfigError(f"{path}, cascade.classifier {recipe.cascade.classifier}: {exc}") from exc
 
 
 def check_fallbacks(recipe: Recipe, path: Path) -> None:
@@ -87,6 +113,7 @@ def check_recipe_fits(recipe: Recipe, path: Path, workload: Workload) -> None:
     if any(variant.precision.has_quantizers for variant in recipe.variants):
         matching_modules(network, recipe.qat.float_patterns, key="qat.keep_float")
         check_features(recipe.qat.distillation, network)
+        check_smoothing(recipe, network, workload)
     for section in calibration_sets(recipe):
         calibration_set(workload, section.calibration_set)
     if recipe.tensorrt.mixed:
@@ -100,6 +127,18 @@ def check_recipe_fits(recipe: Recipe, path: Path, workload: Workload) -> None:
 def check_features(distillation: DistillationConfig | None, network: nn.Module) -> None:
     if distillation:
         feature_names(distillation.features, network, network)
+
+
+def check_smoothing(recipe: Recipe, network: nn.Module, workload: Workload) -> None:
+    """Raises ConfigError when a variant with quantizers is to be smoothed, and the network has nothing for it."""
+    quantized = [variant for variant in recipe.variants if variant.precision.has_quantizers]
+    asked = [
+        v.name
+        for v in quantized
+        if (v.calibration or recipe.qat.calibration) is CalibrationMethod.SMOOTHQUANT
+    ]
+    if asked and not has_smoothable_layers(network, workload.example_inputs(), workload.output_names):
+        raise ConfigError(f"{', '.join(asked)}: {NOTHING_TO_SMOOTH}")
 
 
 def probe(target: Target, benchmark: BenchmarkConfig | None = None) -> TargetInfo:

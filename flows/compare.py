@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from jetway.flows.report import check_output
+from jetway.flows.record import with_comparison
+from jetway.flows.report import check_output, read_run
 from jetway.flows.stored_run import StoredRun
 from jetway.flows.terminal import Terminal
 from jetway.tasks.comparison import (
@@ -27,10 +31,13 @@ from jetway.tasks.comparison import (
 )
 from jetway.tasks.comparison_table import comparison_json, comparison_notes, comparison_tables
 from jetway.tasks.duel import Budget
-from jetway.tasks.errors import ConfigError
+from jetway.tasks.errors import ConfigError, TrackingError
 from jetway.tasks.report.comparison_page import ComparisonMaterial, comparison_html
 from jetway.tasks.results import VariantResult
 from jetway.tasks.tracking.tracker import Tracker
+from jetway.tasks.tracking.values import NOTE_TAG
+
+logger = logging.getLogger("jetway")
 
 WHY_IN_TURNS = (
     "Times of two sessions get no verdict: sessions differ from each other even where the engine is the same. "
@@ -50,6 +57,12 @@ class Comparison:
     #: A line for each row that one run alone has.
     unmatched: list[str]
 
+    @cached_property
+    def page(self) -> str:
+        """As HTML, with what both runs keep of themselves."""
+        first, second = (read_run(run.tracker, run.record, run.result) for run in self.runs)
+        return comparison_html(ComparisonMaterial((first, second), self.rows, self.params, self.unmatched))
+
 
 def compare_runs(
     first: str,
@@ -64,9 +77,10 @@ def compare_runs(
 ) -> int:
     """Prints what changed from the first run to the second; with ``minutes``, engines are measured in turns first.
 
-    ``report`` takes the same as an HTML page. Returns 1 when something regressed, else 5 when something is UNKNOWN,
-    else 0. Raises TrackingError for a run that is not there or has no stage table, ConfigError for runs that share
-    no row and for a report that cannot be a file, TargetError for a target that cannot measure.
+    The same goes to the second run in MLflow, and as an HTML page to ``report``. Returns 1 when something regressed,
+    else 5 when something is UNKNOWN, else 0. Raises TrackingError for a run that is not there or has no stage table,
+    ConfigError for runs that share no row and for a report that cannot be a file, TargetError for a target that
+    cannot measure.
     """
     if report:
         check_output(report, "--report")
@@ -80,14 +94,38 @@ def compare_runs(
     else:
         print_comparison(comparison)
     if report:
-        report.write_text(comparison_html(material(comparison)), encoding="utf-8")
+        report.write_text(comparison.page, encoding="utf-8")
+    log_comparison(comparison)
     return exit_code(overall_change(comparison.rows))
 
 
-def material(comparison: Comparison) -> ComparisonMaterial:
-    """The comparison as its page takes it."""
-    first, second = (run.title for run in comparison.runs)
-    return ComparisonMaterial(first, second, comparison.rows, comparison.params, comparison.unmatched)
+def log_comparison(comparison: Comparison) -> None:
+    """Adds page and JSON to the second run's artifacts, and a link to its description. Earlier ones stay.
+
+    What was found is printed already: that MLflow does not take it is told as a warning, and a page that cannot be
+    drawn, a bug of ours, as an error.
+    """
+    _, second = comparison.runs
+    try:
+        _log_page(comparison)
+    except TrackingError as exc:
+        logger.warning("run %s does not keep this comparison: %s", second.run_id[:8], exc)
+    except Exception:
+        logger.exception("the comparison has no page in MLflow, because it cannot be drawn")
+
+
+def _log_page(comparison: Comparison) -> None:
+    (first, second), now = comparison.runs, datetime.now(UTC)
+    tracker = second.tracker
+    path = f"comparisons/{first.run_id[:8]}/{now:%Y-%m-%d-%H%M%S-%f}"
+    tracker.log_text(second.run_id, f"{path}.html", comparison.page)
+    tracker.log_json(second.run_id, f"{path}.json", document(comparison))
+    line = (
+        f"[{overall_change(comparison.rows)}]({tracker.page_of(second.run_id, f'{path}.html')}) against run "
+        f"[{first.run_id[:8]}]({tracker.page_of_run(first.run_id)}), {now:%Y-%m-%d %H:%M} UTC"
+    )
+    note = tracker.run(second.run_id).tags.get(NOTE_TAG, "")
+    tracker.describe(second.run_id, with_comparison(note, line))
 
 
 def compare_stored(
@@ -100,7 +138,10 @@ def compare_stored(
 ) -> Comparison:
     """Matches the rows of two runs and judges them. Raises ConfigError when there is nothing to compare."""
     if first.run_id == second.run_id:
-        raise ConfigError(f"Both are run {first.run_id[:8]}. Name two runs; MLflow's page lists them.")
+        raise ConfigError(
+            f"Both are run {first.run_id[:8]}. Name two runs; MLflow's page lists them. Variants of one run were "
+            f"measured in one session, and its own report compares them: jetway report {first.run_id[:8]}"
+        )
     matched, unmatched = match_rows(
         select_rows(first.result.rows, variants), select_rows(second.result.rows, variants)
     )

@@ -16,6 +16,7 @@ from jetway.tasks.artifacts import Engine
 from jetway.tasks.build import build_engine
 from jetway.tasks.comparison import ComparedRow, RowPair, gather_rows, judge_rows, with_duel, with_same_engine
 from jetway.tasks.duel import Budget, DuelResult, Side
+from jetway.tasks.errors import TrackingError
 from jetway.tasks.passport_changes import passport_changes
 from jetway.tasks.results import VariantResult
 from jetway.tasks.stage import Progress
@@ -37,9 +38,15 @@ class Contest:
 
     @property
     def held(self) -> VariantResult:
-        """The champion's row as it was recorded."""
+        """The champion's row as it was recorded. Raises TrackingError where its run has none."""
         mine = (self.champion.variant, self.champion.target)
-        return next(row for row in self.holder.result.rows if (row.variant, row.target) == mine)
+        for row in self.holder.result.rows:
+            if (row.variant, row.target) == mine:
+                return row
+        raise TrackingError(
+            f"{self.champion.title} is the champion, but its run has no result of {mine[0]} on {mine[1]}. "
+            "Promote another: jetway promote RUN."
+        )
 
 
 @dataclass(frozen=True)

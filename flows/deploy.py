@@ -38,6 +38,7 @@ from jetway.flows.plan_b import climb
 from jetway.flows.record import Attempt, Measured, Network, RunResult, conclude, make_rows
 from jetway.flows.report import log_report
 from jetway.flows.server import QUEUE_TIMEOUT_S, queue_for
+from jetway.flows.zombies import without_process_tag
 from jetway.tasks.analyze import analyze
 from jetway.tasks.artifacts import Checkpoint, Engine, OnnxModel, Package, Report
 from jetway.tasks.benchmark import benchmark
@@ -82,7 +83,7 @@ def deploy(
         overrides: Keys of the recipe to change, each as key=value, such as qat.epochs=3.
         busy_timeout_s: Longest wait for a busy target, in seconds, instead of each target's own; 0 fails at once.
     """
-    with open_pipeline(recipe, targets, overrides or [], busy_timeout_s) as run:
+    with without_process_tag(), open_pipeline(recipe, targets, overrides or [], busy_timeout_s) as run:
         check_fallbacks(run.recipe, run.path)
         first = attempt(run)
         result = climb(run, first, attempt)
@@ -97,6 +98,8 @@ def attempt(run: Pipeline) -> Attempt:
     """The recipe once on its targets. Raises when none gives a result."""
     with open_classifier(run) as classifier, open_fleet(run) as fleet:
         fleet.wait_for_first()
+        for part in filter(None, (run, classifier)):
+            check_calibration(part)
         networks = make_networks(run)
         models = make_models(run, networks, fleet.targets)
         behind = make_models(classifier, make_networks(classifier), fleet.targets) if classifier else {}
@@ -112,7 +115,6 @@ def attempt(run: Pipeline) -> Attempt:
 def make_networks(run: Pipeline) -> dict[str, Network]:
     """A trained network for each variant of the recipe, in the recipe's order."""
     context, recipe = run.context, run.recipe
-    check_calibration(run)
     baseline = run.keep("load", load(context, run.checkpoint, recipe.train), Checkpoint)
     analysis = analyze(context, baseline, recipe.analyze)
     run.keep("analyze", analysis, Report)

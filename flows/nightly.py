@@ -9,18 +9,18 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from prefect import flow
+from prefect import flow, tags
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 from prefect.utilities.annotations import allow_failure
 
-from jetway.configs.load import load_recipe, load_targets
+from jetway.configs.load import check_one_each, load_recipe, load_targets
 from jetway.configs.schema import Recipe, Target
 from jetway.flows.contest import Contest, Settled, in_turns, judge_settled, settle
 from jetway.flows.deploy import deploy
@@ -28,11 +28,12 @@ from jetway.flows.pipeline import OBSERVER, Observer, SecondObserver, observing
 from jetway.flows.promote import promote_row
 from jetway.flows.publish import announce, log_night
 from jetway.flows.stored_run import StoredRun
+from jetway.flows.zombies import FLOW_RUN_TAG, TEAM_TAG
 from jetway.tasks.comparison import ComparedRow
 from jetway.tasks.duel import Budget, DuelResult
-from jetway.tasks.errors import JetwayError, StageError, TrackingError
+from jetway.tasks.errors import ConfigError, JetwayError, StageError, TrackingError
 from jetway.tasks.gates import winner
-from jetway.tasks.nightly import NightResult, NightRow, Policy, how_to_promote, may_be_promoted
+from jetway.tasks.nightly import NightResult, NightRow, Policy, how_to_promote, to_promote, why_not_promoted
 from jetway.tasks.results import TargetOutcome, VariantResult
 from jetway.tasks.stage import Progress
 from jetway.tasks.tracking.registry import model_name
@@ -70,21 +71,14 @@ def nightly(
         budget_minutes: Longest time in which two engines are measured in turns.
     """
     observer = OBSERVER.get() or Observer()
-    wanted = [(name, *load_recipe(name, overrides or [])) for name in recipes]
-    reached = {name: load_targets(targets or recipe.targets, near=path) for name, recipe, path in wanted}
+    orders, refused = read_orders(recipes, targets, overrides)
     with night_run(Tracker(), recipes, targets, promote) as night:
         observer.on_start(night.run_id)
-        candidates = [
-            candidate
-            for name, recipe, path in wanted
-            for candidate in deploy_recipe(
-                night, observer, Order(name, recipe, path, reached[name], targets, overrides)
-            )
-        ]
-        rows = judge_night(night, candidates, Budget(minutes=budget_minutes), observer.progress)
-        rows = [promoted(night, row, promote) for row in rows]
+        candidates = [one for order in orders for one in deploy_recipe(night, observer, order)]
+        judged = judge_night(night, candidates, Budget(minutes=budget_minutes), observer.progress)
+        rows = promote_night(night, [*refused, *judged], promote)
         result = NightResult(run_id=night.run_id, rows=tuple(rows))
-        log_night(night.tracker, result, night.duels)
+        log_night(night.tracker, result, night.duels, night.started)
     for row in rows:
         announce(row, result.run_id)
     return ended(result)
@@ -109,6 +103,34 @@ class Order:
     targets: Sequence[Target]
     choices: list[str] | None
     overrides: list[str] | None
+
+
+def read_orders(
+    names: Sequence[str], choices: list[str] | None, overrides: list[str] | None
+) -> tuple[list[Order], list[NightRow]]:
+    """The recipes that can be deployed, and for each other one a row that says what is wrong with it.
+
+    Raises ConfigError for two of one name.
+    """
+    orders: list[Order] = []
+    refused: list[NightRow] = []
+    for name in names:
+        try:
+            orders.append(read_order(name, choices, overrides))
+        except ConfigError as exc:
+            refused.append(
+                NightRow(
+                    recipe=name, target="", target_class="", error=str(exc), error_exit_code=exc.exit_code
+                )
+            )
+    check_one_each([(order.name, order.recipe) for order in orders])
+    return orders, refused
+
+
+def read_order(name: str, choices: list[str] | None, overrides: list[str] | None) -> Order:
+    recipe, path = load_recipe(name, overrides or [])
+    targets = load_targets(choices or recipe.targets, near=path)
+    return Order(name, recipe, path, targets, choices, overrides)
 
 
 @dataclass(frozen=True)
@@ -150,6 +172,7 @@ class Night:
     tracker: Tracker
     run_id: str
     duels: dict[str, DuelResult] = field(default_factory=dict)
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 @contextmanager
@@ -159,7 +182,9 @@ def night_run(
     """The night's MLflow run, ended as FINISHED, FAILED or KILLED."""
     tracker.reap()
     params = {"recipes": ", ".join(recipes), "targets": ", ".join(targets or ()), "promote": str(policy)}
-    night = Night(tracker, tracker.start_night(f"nightly {datetime.now():%Y-%m-%d %H:%M:%S}", params))
+    flow_tag = {FLOW_RUN_TAG: flow_run_id} if (flow_run_id := flow_run.get_id()) else {}
+    name = f"nightly {datetime.now():%Y-%m-%d %H:%M:%S}"
+    night = Night(tracker, tracker.start_night(name, params, flow_tag))
     status: Status = "KILLED"
     try:
         yield night
@@ -177,7 +202,7 @@ def deploy_recipe(night: Night, observer: Observer, order: Order) -> list[Candid
     """A candidate a target. What goes wrong with a recipe or a target is its own, and hides no other."""
     own, error = SecondObserver(observer), None
     try:
-        with observing(own):
+        with observing(own), tags(TEAM_TAG):
             deploy(order.name, order.choices, order.overrides)
     except Exception as exc:
         error = as_own_error(exc, f"the deployment of {order.recipe.name}")
@@ -297,18 +322,30 @@ def compared_row(row: NightRow, contest: Contest, compared: ComparedRow, notes: 
     return row.model_copy(update=changes)
 
 
-def promoted(night: Night, row: NightRow, policy: Policy) -> NightRow:
-    """The row, its candidate made champion where the policy says so."""
-    if not may_be_promoted(row, policy):
-        return with_advice(row)
+def promote_night(night: Night, rows: Sequence[NightRow], policy: Policy) -> list[NightRow]:
+    """The rows, their candidates made champions where the policy says so, and why others were not."""
+    moved = {row.name: promoted(night, row) for row in to_promote(rows, policy)}
+    told = [moved.get(row.name, row) for row in rows]
+    return [
+        row if row.name in moved else with_advice(row, why_not_promoted(row, told, policy)) for row in told
+    ]
+
+
+def promoted(night: Night, row: NightRow) -> NightRow:
+    """The row, its candidate made champion. Where that fails a note says so, and the verdict stands."""
     assert row.candidate is not None
     why = "better than the champion before it" if row.champion else "the first champion"
-    run = StoredRun(night.tracker, row.run_id)
-    return row.model_copy(update={"promoted": promote_row(run, row.candidate, why)})
+    try:
+        champion = promote_row(StoredRun(night.tracker, row.run_id), row.candidate, why)
+    except Exception as exc:
+        error = as_own_error(exc, f"the promotion of {row.name}")
+        return with_advice(row, f"not promoted: {error}")
+    return row.model_copy(update={"promoted": champion})
 
 
-def with_advice(row: NightRow) -> NightRow:
-    """How the candidate becomes champion by hand, where that may be wanted."""
-    if row.candidate is None or row.status not in ("NEW", Change.IMPROVED):
-        return row
-    return row.model_copy(update={"notes": (*row.notes, f"to make it champion: {how_to_promote(row)}")})
+def with_advice(row: NightRow, why_not: str) -> NightRow:
+    """Why the candidate is no champion, and how it becomes one by hand, where that may be wanted."""
+    notes = [why_not] if why_not else []
+    if row.candidate is not None and row.status in ("NEW", Change.IMPROVED):
+        notes.append(f"to make it champion: {how_to_promote(row)}")
+    return row.model_copy(update={"notes": (*row.notes, *notes)})

@@ -110,10 +110,12 @@ class Pipeline:
         self.notes: list[str] = []
 
     def start(self) -> None:
-        """Starts the MLflow run. Until here nothing has been written anywhere."""
+        """Starts the MLflow run. Until here nothing has been written anywhere, and from here the run wants its end."""
         host = {"host.threads": self.context.threads, "host.device": self.context.device}
         tags = {"target": ", ".join(target.name for target in self.targets)}
         self.run_id = self._start_run(flat_params(self.recipe) | host, tags)
+
+    def prepare(self) -> None:
         self.observer.on_start(self.run_id)
         end_zombies(self.tracker)
         self.context.index = MlflowStageIndex(self.tracker, self.context.store, run_id=self.run_id)
@@ -226,6 +228,7 @@ def recording(pipeline: Pipeline) -> Iterator[Pipeline]:
     pipeline.start()
     status: Status = "KILLED"
     try:
+        pipeline.prepare()
         yield pipeline
         status = "FINISHED"
     except Exception as exc:

@@ -18,6 +18,7 @@ from jetway.tasks.errors import JetwayError, TrackingError
 from jetway.tasks.gates import EXIT_GATE_MISSED, EXIT_PASSED
 from jetway.tasks.ladder import Gain, Rung, RungStatus, gain_of, ladder_markdown, overrides_of
 from jetway.tasks.results import TargetOutcome
+from jetway.tasks.tracking.tracker import Tracker
 from jetway.tasks.tracking.values import NOTE_TAG, PLAN_B_TAG
 
 logger = logging.getLogger("jetway")
@@ -140,18 +141,29 @@ def with_ladder(result: RunResult, ladder: Sequence[Rung]) -> RunResult:
 
 
 def record_ladder(run: Pipeline, result: RunResult) -> None:
-    """The ladder in the run's result, description, tags and report."""
+    """The ladder in the run's result, tags, description and report."""
+    run.tracker.log_json(run.run_id, RESULT_PATH, result.model_dump(mode="json"))
     runs = {target: rung.run_id for rung in result.ladder for target in rung.passed}
     told = ", ".join(f"{one.plan_b} on {one.name}" for one in result.targets if one.plan_b)
     tags = {f"{PLAN_B_TAG}.{target}": run_id for target, run_id in runs.items()}
     tags[PLAN_B_TAG] = told or "none passed"
     if result.exit_code == EXIT_PASSED:
         tags["gate"] = "PASS"
-    note = run.tracker.run(run.run_id).tags.get(NOTE_TAG, "")
     run.tracker.set_tags(run.run_id, tags)
-    run.tracker.describe(run.run_id, f"{note}\n\n{ladder_markdown(result.ladder)}")
-    run.tracker.log_json(run.run_id, RESULT_PATH, result.model_dump(mode="json"))
+    describe_ladder(run.tracker, run.run_id, result.ladder)
     log_report(run.tracker, run.run_id)
+
+
+def describe_ladder(tracker: Tracker, run_id: str, ladder: Sequence[Rung]) -> None:
+    """Below what the run's description says. Without it where MLflow is away: the result has the ladder too."""
+    if not tracker.replay(wait_s=0.0):
+        return
+    try:
+        note = tracker.run(run_id).tags.get(NOTE_TAG, "")
+    except TrackingError as exc:
+        logger.warning("the description of run %s lacks its ladder: %s", run_id[:8], exc)
+        return
+    tracker.describe(run_id, f"{note}\n\n{ladder_markdown(ladder)}")
 
 
 def _with_fallback(outcome: TargetOutcome, name: str) -> TargetOutcome:

@@ -20,14 +20,34 @@ PACKAGE_PATH = "package.zip"
 
 
 def promote_run(id_or_prefix: str, variant: str | None, targets: Sequence[str]) -> None:
-    """Promotes a variant of a run on each of its targets: the one named, or the fastest that missed no gate.
+    """Promotes a variant of a run on each class of its targets: the one named, or the fastest that missed no gate.
 
-    Raises TrackingError for a run that is not there, ConfigError for a variant or a target that it does not have.
+    Of several targets of a class, which have one champion, the first gives it.
+    Raises TrackingError for a run that is not there, ConfigError for a variant or a target that it does not have,
+    and where targets of a class have several winners.
     """
     run = StoredRun(Tracker(), id_or_prefix)
-    for row in rows_to_promote(run.result.rows, variant, targets):
+    classes = by_class(run, rows_to_promote(run.result.rows, variant, targets))
+    for target_class, (row, *others) in classes.items():
         champion = promote_row(run, row, "promoted by hand")
         print(f"{champion.title} is the champion now.")
+        for other in others:
+            print(f"{other.target} shares the champion of {row.target}, as its class is {target_class}.")
+
+
+def by_class(run: StoredRun, rows: Sequence[VariantResult]) -> dict[str, list[VariantResult]]:
+    """The rows of each class of targets. Raises ConfigError where those of a class are not of one variant."""
+    classes: dict[str, list[VariantResult]] = {}
+    for row in rows:
+        classes.setdefault(class_of(run, row), []).append(row)
+    for target_class, sharing in classes.items():
+        if len({row.variant for row in sharing}) > 1:
+            winners = ", ".join(f"{row.variant} on {row.target}" for row in sharing)
+            raise ConfigError(
+                f"The class {target_class} has one champion, and its targets have several winners: {winners}. "
+                "Name one with --variant, or one target with --target."
+            )
+    return classes
 
 
 def rows_to_promote(
@@ -38,10 +58,15 @@ def rows_to_promote(
     return [_row_to_promote([row for row in rows if row.target == name], variant, name) for name in names]
 
 
+def class_of(run: StoredRun, row: VariantResult) -> str:
+    """The class of the row's target when it ran."""
+    return run.tracker.run(run.child(row)).tags.get("target_class", row.target)
+
+
 def promote_row(run: StoredRun, row: VariantResult, why: str) -> Champion:
     """Makes a row's run a version with its files and, where it was packaged, its package, and the champion."""
     tracker, child = run.tracker, run.child(row)
-    target_class = tracker.run(child).tags.get("target_class", row.target)
+    target_class = class_of(run, row)
     files = tracker.files(child)
     attach_package(run, row, child)
     tags = {

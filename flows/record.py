@@ -42,6 +42,11 @@ from jetway.tasks.tracking.values import flat_params
 RESULT_PATH = "result.json"
 #: The report for people, among them too.
 REPORT_PATH = "report.html"
+#: Begins the line of a run's description that leads to the report.
+REPORT_LINK = "[The report]"
+#: Begins the paragraph that leads to what the run was compared with, the newest first.
+COMPARED = "Compared:"
+COMPARISONS_SHOWN = 5
 #: Ends the name of a run with figures that are no device's, as MLflow's table of runs shows names, not tags.
 SIMULATED = " (simulated)"
 
@@ -229,7 +234,7 @@ def run_exit_code(outcomes: Sequence[TargetOutcome]) -> int:
 def description_of(run: Pipeline, table: str, measured: Sequence[Measured]) -> str:
     """What a reviewer reads first: the recipe's sentence, what was chosen, the stage table, and what frames cost."""
     report = (
-        f"[The report]({run.tracker.page_of(run.run_id, REPORT_PATH)}) has charts and tells what they mean; "
+        f"{REPORT_LINK}({run.tracker.page_of(run.run_id, REPORT_PATH)}) has charts and tells what they mean; "
         f"[all variants]({run.tracker.page_of_view(run.run_id)}) of this recipe's runs stand in one table."
     )
     parts = [run.recipe.description, report, *run.notes, table]
@@ -238,6 +243,16 @@ def description_of(run: Pipeline, table: str, measured: Sequence[Measured]) -> s
         parts += [stream_markdown(one.stream, where=where)] if one.stream else []
         parts += [cascade_markdown(one.cascade, where=where)] if one.cascade else []
     return "\n\n".join(part for part in parts if part)
+
+
+def with_comparison(description: str, line: str) -> str:
+    """The description with one more comparison, right behind the report: what is too long is cut at its end."""
+    parts = description.split("\n\n") if description else []
+    others = [part for part in parts if not part.startswith(COMPARED)]
+    earlier = [one for part in parts if part.startswith(COMPARED) for one in part.splitlines()[1:]]
+    shown = [f"- {line}", *earlier][:COMPARISONS_SHOWN]
+    behind = next((place for place, part in enumerate(others, 1) if part.startswith(REPORT_LINK)), 0)
+    return "\n\n".join([*others[:behind], "\n".join([COMPARED, *shown]), *others[behind:]])
 
 
 def log_session(run: Pipeline, measured: Measured) -> None:

@@ -19,7 +19,7 @@ from jetway.tasks.artifacts import Handle
 from jetway.tasks.cascade_result import CascadeResult
 from jetway.tasks.errors import ConfigError, TrackingUnreachableError
 from jetway.tasks.measurement import NS_PER_MS, BenchmarkResult, read_samples
-from jetway.tasks.report.material import Lineage, RunMaterial, TargetMaterial
+from jetway.tasks.report.material import CalibrationMaterial, Lineage, RunMaterial, TargetMaterial
 from jetway.tasks.report.run_page import report_html
 from jetway.tasks.results import without_result
 from jetway.tasks.statistics import Floats
@@ -45,7 +45,8 @@ def write_report(id_or_prefix: str, output: Path | None = None) -> Path:
     if output:
         check_output(output, "--output")
     tracker = Tracker()
-    run, result = find_result(tracker, id_or_prefix)
+    run, document = find_result(tracker, id_or_prefix)
+    result = RunResult.model_validate(document)
     path = output or Path(f"jetway-report-{run.run_id[:8]}.html")
     path.write_text(report_html(read_run(tracker, run, result)), encoding="utf-8")
     return path
@@ -66,7 +67,8 @@ def log_report(tracker: Tracker, run_id: str) -> None:
     if not tracker.replay():
         return
     try:
-        run = read_run(tracker, tracker.run(run_id), tracker.load_json(run_id, RESULT_PATH))
+        result = RunResult.model_validate(tracker.load_json(run_id, RESULT_PATH))
+        run = read_run(tracker, tracker.run(run_id), result)
     except TrackingUnreachableError:
         logger.warning("run %s has no report yet; once MLflow is back: jetway report", run_id[:8])
         return
@@ -78,10 +80,10 @@ def log_report(tracker: Tracker, run_id: str) -> None:
     tracker.log_text(run_id, REPORT_PATH, page)
 
 
-def read_run(tracker: Tracker, run: RunRecord, result: Any) -> RunMaterial:
-    """A finished run from its record and the JSON of its result. What an older run did not keep is left out."""
+def read_run(tracker: Tracker, run: RunRecord, result: RunResult) -> RunMaterial:
+    """A finished run from its record and its result. What an older run did not keep is left out."""
     with tempfile.TemporaryDirectory() as folder:
-        return _Reader(tracker, run, Path(folder)).run_material(RunResult.model_validate(result))
+        return _Reader(tracker, run, Path(folder)).run_material(result)
 
 
 class _Reader:
@@ -105,8 +107,23 @@ class _Reader:
             settings=settings_of(recipe),
             environment=self.tracker.load_json(self.run.run_id, "environment.json"),
             lineage=[self.lineage(child) for child in self.tracker.children(self.run.run_id)],
+            calibration=[self.calibration_set(name) for name in self.files_in("calibration")],
             ladder=result.ladder,
             without_result=without_result(result.targets),
+        )
+
+    def files_in(self, folder: str) -> list[str]:
+        paths = self.tracker.files(self.run.run_id)
+        return [p for p in paths if p.startswith(f"{folder}/") and self.tracker.has_file(self.run.run_id, p)]
+
+    def calibration_set(self, path: str) -> CalibrationMaterial:
+        told = self.tracker.load_json(self.run.run_id, path)
+        return CalibrationMaterial(
+            name=told["set"],
+            sha256=told["sha256"],
+            samples=told["samples"],
+            scenes=told["scenes"],
+            only_in_evaluation=told["scenes_only_in_evaluation"],
         )
 
     def target_material(self, target: str) -> TargetMaterial:

@@ -19,7 +19,7 @@ from jetway.flows.deploy import deploy
 from jetway.flows.failure import Failure
 from jetway.flows.pipeline import OBSERVER, Observer, observing
 from jetway.flows.record import REPORT_PATH, RESULT_PATH, RunResult
-from jetway.flows.server import Server, prefect_settings
+from jetway.flows.server import Server, meet_server, prefect_settings
 from jetway.flows.show import print_result
 from jetway.flows.terminal import Terminal
 from jetway.flows.zombies import process_tag
@@ -137,6 +137,7 @@ def call_flow(
 ) -> RunResult:
     try:
         with prefect_settings(server), tags(process_tag()):
+            meet_server()
             return deploy(recipe, targets, overrides, busy_timeout_s)
     except (PrefectException, HTTPError) as exc:
         result = recorded_result(run_id=current_run_id())

@@ -47,6 +47,7 @@ STOP_TIMEOUT_S = 10.0
 POLL_S = 0.1
 DRAIN_TIMEOUT_S = 10.0
 QUEUE_TIMEOUT_S = 10.0
+MEETING_TIMEOUT_S = 60.0
 # Prefect's client waits 2, 4, 8 … seconds between its tries: two minutes in all.
 RETRIES = 6
 KEEP_POLL_S = 0.5
@@ -238,6 +239,26 @@ def prefect_settings(server: Server) -> Iterator[None]:
             _send_the_rest()
 
 
+def meet_server(timeout_s: float = MEETING_TIMEOUT_S) -> None:
+    """Has Prefect look up its server's version, which it does once in a process and, unlike all else, without retries.
+
+    Raises TrackingError when the server stays away.
+    """
+    from httpx import HTTPError
+    from prefect.client.orchestration import get_client
+
+    deadline_s = time.monotonic() + timeout_s
+    with get_client(sync_client=True) as client:
+        while True:
+            try:
+                client.raise_for_api_version_mismatch_once()
+                return
+            except RuntimeError as exc:
+                if not isinstance(exc.__cause__, HTTPError) or time.monotonic() > deadline_s:
+                    raise TrackingError(f"Prefect's server: {exc}") from exc
+                time.sleep(0.2)
+
+
 @contextmanager
 def queue_for(target: str, *, timeout_s: float = QUEUE_TIMEOUT_S) -> Iterator[None]:
     """Waits for this target's turn among the flows of one Prefect server, for ``timeout_s`` at most.
@@ -246,15 +267,14 @@ def queue_for(target: str, *, timeout_s: float = QUEUE_TIMEOUT_S) -> Iterator[No
     other servers are not seen, so the lease on the target decides, and nothing here stops a run.
     """
     from httpx import HTTPError
-    from prefect.client.orchestration import get_client
     from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError as SlotError
     from prefect.concurrency.sync import concurrency
 
     limit, slot = f"jetway-{target}", ExitStack()
     asked = partial(concurrency, limit, lease_duration=LEASE_S, strict=False)
     try:
-        with _asking, get_client(sync_client=True) as client:
-            client.upsert_global_concurrency_limit_by_name(limit, 1)
+        with _asking:
+            limit_to_one(limit)
             with suppress(SlotError):
                 slot.enter_context(asked(max_retries=0, timeout_seconds=QUEUE_TIMEOUT_S))
                 timeout_s = 0.0
@@ -269,6 +289,15 @@ def queue_for(target: str, *, timeout_s: float = QUEUE_TIMEOUT_S) -> Iterator[No
     finally:
         with suppress(HTTPError):  # a slot that cannot be given back frees itself
             slot.close()
+
+
+def limit_to_one(name: str) -> None:
+    """Makes a concurrency limit of one slot, unless it is there; another process may make it at the same time."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectAlreadyExists
+
+    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
+        client.upsert_global_concurrency_limit_by_name(name, 1)
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def describe_calibration_set(context: StageContext, section: CalibrationSetSecti
         "scene_coverage_ratio": len(others.keys() & scenes.keys()) / max(1, len(others)),
     }
     report = context.store.add_json(document)
-    return StageOutput(handle=report, files={"calibration_set.json": report}, metrics=metrics)
+    return StageOutput(handle=report, files={f"{section.calibration_set}.json": report}, metrics=metrics)
 
 
 @task(name="calibration set", cache_policy=NO_CACHE, persist_result=False)

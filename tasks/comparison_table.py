@@ -82,7 +82,10 @@ def _cells(metric: ComparedMetric) -> list[str | Text]:
 
 
 def _value(metric: ComparedMetric, value: float | None) -> str:
-    return NOTHING if value is None else _TEXTS.get(metric.metric, "{:.4g}".format)(value)
+    if value is None:
+        return NOTHING
+    usual = "{:.4g} ms" if "_ms_" in metric.metric else "{:.4g}"
+    return _TEXTS.get(metric.metric, usual.format)(value)
 
 
 def _change(metric: ComparedMetric) -> str:

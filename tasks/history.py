@@ -1,4 +1,4 @@
-"""The series of nightly figures of a recipe on a class of targets, and where it moved to another level."""
+"""The series of nightly figures of a recipe on a target, and where it moved to another level."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class NightPoint:
 
 @dataclass(frozen=True)
 class Series:
-    """One metric of a recipe on a class of targets, oldest night first; a night without the figure is left out."""
+    """One metric of a recipe on a target, oldest night first; a night without the figure is left out."""
 
     metric: str
     points: tuple[NightPoint, ...]

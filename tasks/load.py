@@ -26,7 +26,7 @@ from jetway.tasks.checkpoint import (
 from jetway.tasks.errors import ArtifactError, ConfigError
 from jetway.tasks.stage import StageContext, run_stage
 from jetway.tasks.training import evaluate, train
-from jetway.tasks.workload import check_workload
+from jetway.tasks.workload import check_training_data, check_workload
 
 STATE_DICT_SUFFIXES = (".pt", ".pth")
 
@@ -53,6 +53,7 @@ def load_baseline(
     fit the workload's network.
     """
     check_workload(context.workload)
+    check_training_data(context.workload)
     if checkpoint is not None:
         return _load_file(context, checkpoint)
     if train_config is None:

@@ -13,3 +13,6 @@ class Metric(BaseModel):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     higher_is_better: bool = True
     description: str = ""
+    best: float | None = Field(
+        default=None, description="What nothing can beat, as 1 is of a share; no interval is drawn beyond it."
+    )

@@ -14,7 +14,7 @@ from jetway.tasks.duel import METRIC
 from jetway.tasks.gates import EXIT_GATE_MISSED, EXIT_NO_VERDICT, EXIT_PASSED, gates_exit_code
 from jetway.tasks.metrics import Metric
 from jetway.tasks.results import TIMING_PREFIXES, VariantResult
-from jetway.tasks.tracking.registry import Champion
+from jetway.tasks.tracking.registry import Champion, model_name
 from jetway.tasks.verdict import Change
 
 #: The worst first: what got worse, then what could not run, then what is not known.
@@ -34,7 +34,7 @@ class _Value(BaseModel):
 
 
 class NightRow(_Value):
-    """One recipe on one target."""
+    """One recipe on one target; without a target where the recipe cannot be read."""
 
     recipe: str
     target: str
@@ -51,7 +51,12 @@ class NightRow(_Value):
 
     @property
     def name(self) -> str:
-        return f"{self.recipe} on {self.target}"
+        return f"{self.recipe} on {self.target}" if self.target else self.recipe
+
+    @property
+    def model(self) -> str:
+        """The registered model whose champion it shares with all targets of its class."""
+        return model_name(self.recipe, self.target_class)
 
     @property
     def status(self) -> str:
@@ -116,10 +121,30 @@ def may_be_promoted(row: NightRow, policy: Policy) -> bool:
 
     Where nothing was there, being sound is enough.
     """
-    if policy is Policy.NEVER or row.candidate is None or row.exit_code != EXIT_PASSED:
+    if policy is not Policy.ON_IMPROVEMENT or row.candidate is None or row.exit_code != EXIT_PASSED:
         return False
-    improved = row.status == Change.IMPROVED and policy is Policy.ON_IMPROVEMENT
-    return row.champion is None or improved
+    return row.champion is None or row.status == Change.IMPROVED
+
+
+def to_promote(rows: Sequence[NightRow], policy: Policy) -> list[NightRow]:
+    """The rows whose candidates become champions: one of those that share a champion, where all of them passed."""
+    unsound = {row.model for row in rows if row.exit_code != EXIT_PASSED}
+    first: dict[str, NightRow] = {}
+    for row in rows:
+        if row.model not in unsound and may_be_promoted(row, policy):
+            first.setdefault(row.model, row)
+    return list(first.values())
+
+
+def why_not_promoted(row: NightRow, rows: Sequence[NightRow], policy: Policy) -> str:
+    """What another target of its class has to do with that this row was not promoted; empty where nothing."""
+    sharing = [other for other in rows if other.model == row.model and other is not row]
+    if moved := next((other for other in sharing if other.promoted), None):
+        return f"not promoted: {moved.name} was, and the class {row.target_class} has one champion"
+    unsound = [f"{other.name} is {other.status}" for other in sharing if other.exit_code != EXIT_PASSED]
+    if unsound and may_be_promoted(row, policy):
+        return f"not promoted: the class {row.target_class} has one champion, and {', '.join(unsound)}"
+    return ""
 
 
 def how_to_promote(row: NightRow) -> str:
@@ -129,7 +154,7 @@ def how_to_promote(row: NightRow) -> str:
 
 
 def night_figures(row: NightRow) -> dict[str, float]:
-    """What a night adds to the history of a recipe on a class of targets; times only of a session that is VALID.
+    """What a night adds to the history of a recipe on a target; times only of a session that is VALID.
 
     The ends of a figure's 95 % interval have its name and ``.low`` and ``.high``.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -53,6 +54,9 @@ _SEARCH_STEPS = 10
 # Ratio at which cuts are tried when the one to use is still to be found.
 _TRIED_RATIO = 0.5
 
+# Modules that an error names.
+_LISTED = 3
+
 
 class PruneInputs(Section):
     """What the stage's result depends on: fine-tuning counts only where it happens between steps."""
@@ -78,6 +82,7 @@ def prune_network(
     cut, or the target cannot be reached.
     """
     pruner = _Pruner(context, load_network(context.workload, baseline, context.store), config)
+    pruner.name_shared()
     pruner.slim()
     pruner.prune_depth()
     if config.pruning_ratio == "auto":
@@ -155,6 +160,20 @@ class _Pruner:
             return {}
         return {attention.projections[0]: ratio for attention in find_attention(self.network)}
 
+    def name_shared(self) -> None:
+        """Logs the layers that one call runs more than once, as those cannot be cut use by use."""
+        calls: Counter[str] = Counter()
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+            for name, module in self.network.named_modules()
+            if count_params(module, recurse=False)
+        ]
+        self._call(self.network)
+        for hook in hooks:
+            hook.remove()
+        if shared := [name for name, count in calls.items() if count > 1]:
+            logger.info("prune: used more than once, and cut alike for all uses: %s", ", ".join(shared))
+
     def slim(self) -> None:
         """Trains towards sparse BatchNorm scales (Liu et al. 2017), and remembers how sparse they became."""
         section = self.config.slimming
@@ -195,7 +214,8 @@ class _Pruner:
             most = {part: max(point.ratio for point in points) for part, points in curves.items()}
             raise PruningError(
                 f"prune.target_macs_ratio asks for {target:.3f} of the MACs, but the largest of "
-                f"sensitivity.pruning_ratios leave {self._macs_ratio(candidates, 0.0, 1.0, most):.3f}. Add larger "
+                f"sensitivity.pruning_ratios leave {self._macs_ratio(candidates, 0.0, 1.0, most):.3f}"
+                f"{self._what_is_left(self._cuts(candidates, 0.0, 1.0, most))}. Add larger "
                 "ratios there, raise the target or prune.max_pruning_ratio, or ignore fewer layers."
             )
         self.allocated = found
@@ -244,13 +264,16 @@ class _Pruner:
 
     def _error_of(self, cuts: list[Cut]) -> PruningError | None:
         """What is wrong with the network after these cuts, on a copy."""
-        trial = copy.deepcopy(self.network)
         try:
-            apply_cuts(trial, self.inputs, self.workload.output_names, cuts)
-            self._check_outputs(trial)
+            self._check_outputs(self._cut_copy(cuts))
         except PruningError as exc:
             return exc
         return None
+
+    def _cut_copy(self, cuts: list[Cut]) -> nn.Module:
+        trial = copy.deepcopy(self.network)
+        apply_cuts(trial, self.inputs, self.workload.output_names, cuts)
+        return trial
 
     def _cuts(
         self, candidates: list[Candidate], ratio: float, share: float, allocated: dict[str, float]
@@ -271,7 +294,26 @@ class _Pruner:
         if target is None:
             return self.config.pruning_ratio * share
         wanted = 1 - (1 - target) * share
+        closest = self._macs_ratio(candidates, 1.0, share)
+        if closest > wanted:
+            raise PruningError(
+                f"prune.target_macs_ratio asks for {wanted:.3f} of the MACs, but the most that can be pruned "
+                f"leaves {closest:.3f}{self._what_is_left(self._cuts(candidates, 1.0, share, {}))}. Raise the target "
+                "or prune.max_pruning_ratio, lower prune.round_to, or ignore fewer layers."
+            )
         return _smallest_ratio(lambda ratio: self._macs_ratio(candidates, ratio, share), wanted)
+
+    def _what_is_left(self, cuts: list[Cut]) -> str:
+        """The modules with most of the MACs after these cuts, and how many of their channels stay."""
+        network = self._cut_copy(cuts)
+        macs = count_macs(network, self.inputs)
+        total = sum(macs.values())
+        largest = sorted((name for name in macs if macs[name]), key=lambda name: -macs[name])[:_LISTED]
+        rows = [
+            f"{name or 'the network itself'} ({macs[name] / total:.0%}{_kept(self.baseline, network, name)})"
+            for name in largest
+        ]
+        return f", most of it in {', '.join(rows)}"
 
     def _macs_ratio(
         self,
@@ -284,8 +326,7 @@ class _Pruner:
         cuts = self._cuts(candidates, ratio, share, allocated or {})
         key = tuple((cut.root, len(cut.indices)) for cut in cuts)
         if key not in self.tried:
-            trial = copy.deepcopy(self.network)
-            apply_cuts(trial, self.inputs, self.workload.output_names, cuts)
+            trial = self._cut_copy(cuts)
             self._call(trial)
             self.tried[key] = total_macs(trial, self.inputs) / self.baseline_macs
         return self.tried[key]
@@ -332,19 +373,22 @@ def _curves(rows: list[dict[str, Any]], candidates: list[Candidate]) -> dict[str
 
 
 def _smallest_ratio(macs_ratio: Callable[[float], float], wanted: float) -> float:
-    """Smallest pruning ratio whose MACs are at most ``wanted``, by bisection."""
+    """Smallest pruning ratio whose MACs are at most ``wanted``, by bisection; those of ratio 1 are."""
     low, high = 0.0, 1.0
-    closest = macs_ratio(high)
-    if closest > wanted:
-        raise PruningError(
-            f"prune.target_macs_ratio asks for {wanted:.3f} of the MACs, but the most that can be pruned "
-            f"leaves {closest:.3f}. Raise the target or prune.max_pruning_ratio, lower prune.round_to, or "
-            "ignore fewer layers."
-        )
     for _ in range(_SEARCH_STEPS):
         middle = (low + high) / 2
         low, high = (low, middle) if macs_ratio(middle) <= wanted else (middle, high)
     return high
+
+
+def _kept(before: nn.Module, after: nn.Module, name: str) -> str:
+    """Words for how many channels of a layer stay; none for what has no channels of its own."""
+    old, new = (_out_channels(network.get_submodule(name)) for network in (before, after))
+    return f", {new} of {old} channels" if new else ""
+
+
+def _out_channels(module: nn.Module) -> int | None:
+    return getattr(module, "out_channels", None) or getattr(module, "out_features", None)
 
 
 def _finetune_between(

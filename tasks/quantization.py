@@ -35,7 +35,7 @@ from jetway.tasks.artifacts import Checkpoint
 from jetway.tasks.calibration import calibration_set
 from jetway.tasks.checkpoint import build_network, checkpoint_record, load_network, load_weights, read_tensors
 from jetway.tasks.errors import ArtifactError, ConfigError, QuantizationError
-from jetway.tasks.smoothing import smooth_linear_layers
+from jetway.tasks.smoothing import NOTHING_TO_SMOOTH, smooth_linear_layers
 from jetway.tasks.store import Store
 from jetway.tasks.workload import Inputs, Workload, batches, call_network
 
@@ -247,10 +247,7 @@ def _smooth(network: nn.Module, workload: Workload, section: CalibrationSection,
     inputs = list(_calibration_inputs(workload, section, device))
     smoothed = smooth_linear_layers(network, inputs, workload.output_names)
     if not smoothed:
-        raise QuantizationError(
-            "smoothquant finds nothing to smooth: no linear layer of this network takes what a LayerNorm with "
-            "weights gives. Choose another qat.calibration: mse, entropy, percentile or max."
-        )
+        raise QuantizationError(NOTHING_TO_SMOOTH)
     logger.info("smoothquant: %d linear layers smoothed: %s", len(smoothed), ", ".join(smoothed))
 
 

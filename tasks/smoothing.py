@@ -20,6 +20,11 @@ from jetway.tasks.workload import Inputs, Outputs, call_network
 #: Share of the difficulty that moves from inputs to weights; the authors' default.
 STRENGTH = 0.5
 
+NOTHING_TO_SMOOTH = (
+    "smoothquant finds nothing to smooth: no linear layer of this network takes what a LayerNorm with weights gives. "
+    "Choose another qat.calibration: mse, entropy, percentile or max."
+)
+
 _LEAST = 1e-5
 
 
@@ -52,6 +57,12 @@ def smooth_linear_layers(
         else:
             _scale(pair, 1 / factors)
     return smoothed
+
+
+@torch.no_grad()
+def has_smoothable_layers(network: nn.Module, inputs: Inputs, output_names: Sequence[str]) -> bool:
+    """Whether a LayerNorm leads to a linear layer; what it would change is not tried."""
+    return bool(_find_pairs(network.eval(), inputs, output_names))
 
 
 def _find_pairs(network: nn.Module, inputs: Inputs, output_names: Sequence[str]) -> list[_Pair]:

@@ -97,7 +97,7 @@ class TinyWorkload(Workload):
     """
 
     output_names = (OUTPUT,)
-    metrics = (Metric(name=ERROR_RATIO, higher_is_better=False),)
+    metrics = (Metric(name=ERROR_RATIO, higher_is_better=False, best=0.0),)
 
     def __init__(self, name: str, expected: Sequence[Array] | None = None) -> None:
         self.name = name

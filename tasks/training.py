@@ -55,6 +55,9 @@ _END_DIVISOR = 2.5e5
 
 _SGD_MOMENTUM = 0.9
 
+# Parameters that a warning names.
+_LISTED = 6
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -279,7 +282,7 @@ class _Trainer:
             for norm in _batchnorms(self.network):
                 norm.eval()
         with users_code(self.workload, f"epoch {number}"):
-            losses = [self._step(number, step, batch) for step, batch in enumerate(self._batches(number))]
+            losses = [self._checked(number, step, loss) for step, loss in enumerate(self._losses(number))]
         trained_s = time.monotonic() - started
         rate = self.optimizer.param_groups[0]["lr"]
         self.ranks.share_buffers(self.network)
@@ -331,28 +334,50 @@ class _Trainer:
             pin_memory=self.context.device == "cuda",
         )
 
-    def _step(self, epoch: int, step: int, batch: tuple[Inputs, Any]) -> float:
-        rate = self._set_learning_rate((epoch - 1) * self.steps + step)
+    def _losses(self, epoch: int) -> Iterator[Tensor]:
+        """Of each step. On a GPU one step late, so that it has work while the host reads the last loss."""
+        losses = (self._step(epoch, step, batch) for step, batch in enumerate(self._batches(epoch)))
+        return _one_behind(losses) if self.context.device == "cuda" else losses
+
+    def _step(self, epoch: int, step: int, batch: tuple[Inputs, Any]) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate(epoch, step)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(*to_device(batch, self.context.device))
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise TrainingError(self._not_finite(value, epoch, step, rate))
         loss.backward()  # type: ignore[no-untyped-call]
+        if epoch == 1 and step == 0 and self.ranks.is_first:
+            self._warn_of_unused()
         if self.section.gradient_clip_norm is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.section.gradient_clip_norm)
         self.optimizer.step()
         if self.average:
             self.average.update()
+        return loss.detach()
+
+    def _warn_of_unused(self) -> None:
+        parameters = self.network.named_parameters()
+        unused = [name for name, value in parameters if value.requires_grad and value.grad is None]
+        if unused:
+            more = f" and {len(unused) - _LISTED} more" if len(unused) > _LISTED else ""
+            logger.warning(
+                "%s: never used by the loss: %s%s; nothing trains them, and they are kept as they are. Leave them out "
+                "of network(), or use them in loss().",
+                self.stage,
+                ", ".join(unused[:_LISTED]),
+                more,
+            )
+
+    def _checked(self, epoch: int, step: int, loss: Tensor) -> float:
+        value = float(loss)
+        if not math.isfinite(value):
+            raise TrainingError(self._not_finite(value, epoch, step, self._learning_rate(epoch, step)))
         self._show(epoch, step + 1, f"loss {value:.4f}")
         return value
 
-    def _set_learning_rate(self, step: int) -> float:
-        rate = learning_rate_at(self.section, step, self.section.epochs * self.steps)
-        rate *= _rate_scale(self.section.optimizer, self.ranks)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
+    def _learning_rate(self, epoch: int, step: int) -> float:
+        done = (epoch - 1) * self.steps + step
+        rate = learning_rate_at(self.section, done, self.section.epochs * self.steps)
+        return rate * _rate_scale(self.section.optimizer, self.ranks)
 
     def _loss(self, inputs: Inputs, target: Any) -> Tensor:
         outputs = self._call(self.joined, inputs)
@@ -458,6 +483,14 @@ class _Trainer:
                 "stage": self.stage,
             }
         )[:32]
+
+
+def _one_behind(losses: Iterator[Tensor]) -> Iterator[Tensor]:
+    last = next(losses)
+    for loss in losses:
+        yield last
+        last = loss
+    yield last
 
 
 def _anneal(start: float, end: float, share: float) -> float:

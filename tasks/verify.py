@@ -55,10 +55,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far one output is off. ``excess`` is the worst error that counts as a multiple of what is allowed there."""
+    """How far one output is off. ``excess`` is the worst error that counts as a multiple of what is allowed there,
+    ``rms_error_ratio`` the root mean square of all finite errors, as a multiple of the output's standard deviation."""
 
     output: str
     max_abs_error: float
+    rms_error_ratio: float
     largest_magnitude: float
     excess: float
     worst_index: tuple[int, ...]
@@ -111,6 +113,7 @@ def compare_outputs(
     return Comparison(
         output=name,
         max_abs_error=float(error.max()),
+        rms_error_ratio=_rms_error_ratio(error[finite], reference[finite]),
         largest_magnitude=largest,
         excess=float(excess[worst]),
         worst_index=tuple(int(index) for index in worst),
@@ -119,6 +122,13 @@ def compare_outputs(
         allowed=float(allowed[worst]),
         argmax_agreement=agreement,
     )
+
+
+def _rms_error_ratio(error: Array, reference: Array) -> float:
+    """0 where nothing is off; of an output that never varies, the error itself."""
+    rms = float(np.sqrt(np.mean(error**2))) if error.size else 0.0
+    deviation = float(reference.std()) if reference.size else 0.0
+    return rms / deviation if deviation else rms
 
 
 def _worst_that_counts(excess: Array, outliers: float) -> tuple[np.intp, ...]:
@@ -274,7 +284,10 @@ def _report(
         "limits": asdict(limits),
         "outputs": [_to_json(comparison) for comparison in comparisons],
     }
-    metrics = {"parity_excess": max(comparison.excess for comparison in comparisons)}
+    metrics = {
+        "parity_excess": max(comparison.excess for comparison in comparisons),
+        "parity_rms_error_ratio": max(comparison.rms_error_ratio for comparison in comparisons),
+    }
     if comparisons[0].argmax_agreement is not None:
         metrics["argmax_agreement"] = comparisons[0].argmax_agreement
     return StageOutput(handle=context.store.add_json(document, parents=parents), metrics=metrics)

@@ -45,7 +45,7 @@ class Workload(ABC):
     """
 
     output_names: tuple[str, ...] = ("output",)
-    metrics: tuple[Metric, ...] = (Metric(name="top1"),)
+    metrics: tuple[Metric, ...] = (Metric(name="top1", best=1.0),)
     labels: tuple[str, ...] = ()
 
     @abstractmethod
@@ -152,7 +152,7 @@ def plain_kernels() -> Iterator[None]:
 
 
 def check_workload(workload: Workload) -> None:
-    """Runs the untrained network on the example inputs, and looks at a sample of the data sets that an engine sees.
+    """Runs the untrained network on the example inputs, and looks at samples of the data sets that an engine sees.
 
     Raises WorkloadError with what is wrong.
     """
@@ -174,27 +174,52 @@ def check_workload(workload: Workload) -> None:
         check_control_flow(network, inputs)
     _check_labels(workload, outputs)
     for source in ("calibration_data", "evaluation_data"):
-        _check_sample(workload, source, inputs)
+        _check_ends(workload, source)
+
+
+def check_training_data(workload: Workload) -> None:
+    """Looks at samples that training and QAT see, as ``check_workload`` does at those that an engine sees.
+
+    Apart, as making training data may take long. Data that are not implemented are passed over: a recipe may do
+    without. Leaves PyTorch's random numbers as they were, whatever augmentation draws.
+    """
+    with torch.random.fork_rng(devices=()):
+        for source in ("train_data", "qat_data"):
+            try:
+                _check_ends(workload, source)
+            except WorkloadError as exc:
+                if not isinstance(exc.__cause__, NotImplementedError):
+                    raise
 
 
 def _check_labels(workload: Workload, outputs: Outputs) -> None:
-    """The labels of a classifier against the columns of its first output."""
-    name, output = next(iter(outputs.items()))
-    if workload.labels and output.dim() == 2 and output.shape[1] != len(workload.labels):
+    """The labels against the classes of the output that a frame's results are made of, or of a classifier's first."""
+    qualname = type(workload).__qualname__
+    with _explained(f"{qualname}.frame_processing() fails"):
+        frames = workload.frame_processing()
+    name = frames.outputs[0] if frames else workload.output_names[0]
+    shape = tuple(outputs[name].shape) if name in outputs else ()
+    has_classes = len(shape) > 1 if frames else len(shape) == 2
+    if workload.labels and has_classes and shape[1] != len(workload.labels):
         raise WorkloadError(
-            f"{type(workload).__qualname__}.labels has {len(workload.labels)} names, but the output {name!r} has "
-            f"{output.shape[1]} columns. Give one name a class, in the order of the outputs."
+            f"{qualname}.labels has {len(workload.labels)} names, but the output {name!r} of shape {list(shape)} has "
+            f"{shape[1]} classes. Give one name a class, in the order of the outputs."
         )
 
 
-def _check_sample(workload: Workload, source: str, expected: Inputs) -> None:
-    """A first sample against the example inputs, whose shape an engine is built for; empty sets are seen later."""
+def _check_ends(workload: Workload, source: str) -> None:
+    """The first and the last sample against the example inputs, whose shape an engine is built for; empty sets are
+    seen later."""
     name = f"{type(workload).__qualname__}.{source}()"
     with _explained(f"{name} fails"):
         data = getattr(workload, source)()
-        if len(data) == 0:
-            return
-        inputs, _ = workload.collate([data[0]])
+        ends = range(len(data))[:: max(1, len(data) - 1)]
+        samples = {index: workload.collate([data[index]])[0] for index in ends}
+    for index, inputs in samples.items():
+        _check_sample(f"{name}[{index}]", inputs, workload.example_inputs())
+
+
+def _check_sample(name: str, inputs: Inputs, expected: Inputs) -> None:
     if set(inputs) != set(expected):
         raise WorkloadError(
             f"{name} gives the inputs {sorted(inputs)}, example_inputs() has {sorted(expected)}. "

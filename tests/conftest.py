@@ -27,10 +27,12 @@ ON_TARGETS = {
         "interrupted",
         "package",
         "plan_b",
+        "streams",
         "target_connection",
         "target_jobs",
         "target_loopback",
         "target_transfer",
+        "whole_recipes",
     )
 }
 

@@ -37,6 +37,7 @@ ORPHAN_MARGIN_S = 1.0
 ABANDONED_S = 60
 LOG_TAIL_BYTES = 4000
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 Json = Dict[str, Any]
@@ -251,6 +252,7 @@ def is_locked(path: str) -> bool:
 def supervise(job: Job, lock: int) -> None:
     """Runs the job to its end, publishes the outcome, and stays until the host has it or is gone."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    adopt_orphans()
     try:
         detach(job.path("log"), keep=lock)
         job.write("pid", str(os.getpid()))
@@ -367,10 +369,30 @@ def end_group(worker: int, patience_s: float) -> None:
         while time.monotonic() < until and is_running(worker):
             time.sleep(0.02)
     send_signal(os.killpg, worker, signal.SIGKILL)
+    bury_group(worker)
+
+
+def bury_group(worker: int) -> None:
+    """Waits for the worker and for all of its group that fell to us, so that the lease passes on idle hardware."""
     try:
-        os.waitpid(worker, 0)
+        while True:
+            os.waitpid(-worker, 0)
     except ChildProcessError:
         pass
+
+
+def adopt_orphans() -> None:
+    """Asks Linux to make this process the parent of what its worker leaves behind, so that it can wait for it."""
+    control_process(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def control_process(option: int, value: int) -> bool:
+    """Linux's prctl; whether there is one."""
+    try:
+        ctypes.CDLL(None).prctl(option, value)
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def is_running(worker: int) -> bool:
@@ -442,11 +464,7 @@ def work(job: Job, supervisor: int, inherited: List[int]) -> None:
 
 def die_with(supervisor: int) -> None:
     """Asks Linux to kill this process when the supervisor dies, however it dies."""
-    try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):
-        return
-    if os.getppid() != supervisor:
+    if control_process(PR_SET_PDEATHSIG, signal.SIGKILL) and os.getppid() != supervisor:
         os._exit(1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from markupsafe import Markup
@@ -20,13 +20,21 @@ SHOWN_PERCENT = 99
 
 
 def draw_distributions(
-    latencies_ms: Mapping[str, Floats], *, order: Sequence[str], title: str, simulated: bool = False
+    latencies_ms: Mapping[str, Floats],
+    *,
+    order: Sequence[str],
+    title: str,
+    simulated: bool = False,
+    beside: Iterable[Floats] = (),
 ) -> Markup:
-    """The chart of one target's session, every counted query in it; nothing without queries."""
+    """The chart of one target's session, every counted query in it; nothing without queries.
+
+    The axis has room for the queries ``beside`` it too.
+    """
     told = {name: values for name, values in latencies_ms.items() if len(values)}
     if not told:
         return Markup("")
-    scale = _scale(list(told.values()))
+    scale = _scale([*told.values(), *(values for values in beside if len(values))])
     bottom = TOP + ROW * len(told)
     rows = [
         _ridge(name, values, scale, TOP + ROW * (index + 1), order.index(name) % COLOURS)

@@ -79,13 +79,13 @@ def _judged(rows: Sequence[VariantResult]) -> Headline:
     failed = _count(gates, Verdict.FAIL)
     unknown = _count(gates, Verdict.UNKNOWN)
     if failed:
-        return Headline(f"{count_of(failed, 'gate')} of {len(gates)} failed", MISSED)
+        told = f"{count_of(failed, 'gate')} of {len(gates)} failed: {_named(gates, Verdict.FAIL)}"
+        return Headline(told, MISSED)
     if invalid:
         return Headline(f"No verdict on speed: the measurement on {listed(invalid)} is not valid", UNDECIDED)
     if unknown:
-        return Headline(
-            f"No verdict: the evidence does not decide {count_of(unknown, 'gate')} of {len(gates)}", UNDECIDED
-        )
+        told = f"No verdict: the evidence does not decide {count_of(unknown, 'gate')} of {len(gates)}"
+        return Headline(f"{told}: {_named(gates, Verdict.UNKNOWN)}", UNDECIDED)
     if gates:
         whole = {1: "The gate", 2: "Both gates"}.get(len(gates), f"All {len(gates)} gates")
         return Headline(f"{whole} passed, on valid measurements", PASSED)
@@ -212,6 +212,10 @@ def _validity_tile(rows: Sequence[VariantResult]) -> Tile:
 
 def _straddles(interval: tuple[float, float]) -> bool:
     return interval[0] <= 1 <= interval[1]
+
+
+def _named(gates: Sequence[GateVerdict], verdict: Verdict) -> str:
+    return listed(list(dict.fromkeys(gate.name for gate in gates if gate.verdict is verdict)), 2)
 
 
 def _count(gates: Sequence[GateVerdict], verdict: Verdict) -> int:

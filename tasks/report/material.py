@@ -28,6 +28,17 @@ class Lineage:
 
 
 @dataclass(frozen=True)
+class CalibrationMaterial:
+    """A calibration set: how many of its samples were used, how many show each scene, and what it lacks."""
+
+    name: str
+    sha256: str
+    samples: int
+    scenes: Mapping[str, int]
+    only_in_evaluation: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class TargetMaterial:
     """What one target measured. What a recipe did not ask for, or an old run did not keep, is None or empty."""
 
@@ -53,12 +64,17 @@ class RunMaterial:
     settings: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     lineage: Sequence[Lineage] = ()
+    calibration: Sequence[CalibrationMaterial] = ()
     ladder: Sequence[Rung] = ()
     without_result: Sequence[TargetOutcome] = ()
 
     @property
     def simulated(self) -> bool:
         return any(row.simulated for row in self.rows)
+
+    @property
+    def title(self) -> str:
+        return f"{self.run_id[:8]} ({self.name})"
 
     def target_names(self) -> list[str]:
         return list(dict.fromkeys(row.target for row in self.rows))

@@ -10,7 +10,7 @@ from jetway.tasks.comparison import EXACT_METRICS
 from jetway.tasks.gates import EXIT_NO_VERDICT, EXIT_PASSED
 from jetway.tasks.history import Series
 from jetway.tasks.nightly import EXIT_ORDER, NightResult, NightRow
-from jetway.tasks.report.comparison_page import change_tiles, changes_table, effect_figures, judged_metrics
+from jetway.tasks.report.changes import change_tiles, changes_table, effect_figures, judged_metrics
 from jetway.tasks.report.headline import MISSED, PASSED, UNDECIDED, Headline
 from jetway.tasks.report.page import render
 from jetway.tasks.report.sections import Figure

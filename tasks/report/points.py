@@ -67,10 +67,20 @@ def _points(
 
 
 def _score_interval(row: VariantResult, baseline: VariantResult | None, metric: Metric) -> Interval | None:
-    """The paired interval of what was lost, seen from the baseline's score; that one has none itself."""
+    """The paired interval of what was lost, seen from the baseline's score; that one has none itself.
+
+    It ends where a score cannot be better.
+    """
     drop = row.intervals.get(drop_name(metric))
     score = baseline.value(metric.name) if baseline else None
     if drop is None or score is None or row is baseline:
         return None
-    ends = [score - value if metric.higher_is_better else score + value for value in drop]
-    return min(ends), max(ends)
+    sign = -1 if metric.higher_is_better else 1
+    ends = sorted(_possible(score + sign * value, metric) for value in drop)
+    return ends[0], ends[1]
+
+
+def _possible(score: float, metric: Metric) -> float:
+    if metric.best is None:
+        return score
+    return min(score, metric.best) if metric.higher_is_better else max(score, metric.best)

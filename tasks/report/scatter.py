@@ -38,14 +38,16 @@ def draw_scatter(
     *,
     title: str,
     simulated: bool = False,
+    beside: Sequence[Point] = (),
 ) -> Markup:
-    """The chart of one target; ``cost`` names the axis with its unit.
+    """The chart of one target; ``cost`` names the axis with its unit, which has room for the points ``beside`` it too.
 
     Nothing where there is no point. A hollow mark is not valid, and not considered for the front.
     """
     if not points:
         return Markup("")
-    frame = Frame(_cost_scale(points), _score_scale(points))
+    shown = [*points, *beside]
+    frame = Frame(_cost_scale(shown), _score_scale(shown))
     front = pareto_front(points, higher_is_better=metric.higher_is_better)
     better = "higher" if metric.higher_is_better else "lower"
     return drawing(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from markupsafe import Markup
 
@@ -27,6 +28,9 @@ from jetway.tasks.stream_result import END_TO_END
 SHOWN_LAYERS = 15
 
 Key = tuple[tuple[Markup, str], ...]
+MakePoints = Callable[[Sequence[VariantResult], Metric, Sequence[str]], list[Point]]
+Draw = Callable[..., Markup]
+Stepped = stream_result.StreamResult | cascade_result.CascadeResult
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,21 @@ class Figure:
     chart: Markup
     caption: str = ""
     key: Key = ()
+    #: Of two runs that are held against each other, the one that it shows.
+    side: str = ""
+
+
+@dataclass(frozen=True)
+class Side:
+    """What stands beside a run: how it is called there, the variants by their marks, and the run on the other side."""
+
+    name: str
+    order: Sequence[str]
+    other: RunMaterial
+
+    @classmethod
+    def alone(cls, run: RunMaterial) -> Side:
+        return cls("", run.variants(), run)
 
 
 @dataclass(frozen=True)
@@ -65,11 +84,10 @@ class TargetSection:
     layers: tuple[Layers, ...]
 
 
-def target_section(run: RunMaterial, target: str, anchor: str) -> TargetSection:
+def target_section(run: RunMaterial, target: str, anchor: str, side: Side | None = None) -> TargetSection:
     """What one target measured. Variants have the same marks in the sections of all targets."""
-    rows, order = run.rows_of(target), run.variants()
-    figures = Figures(rows, run.metrics[0], order)
-    material = run.target(target)
+    figures = Figures(run, target, side or Side.alone(run))
+    rows, order = figures.rows, figures.side.order
     return TargetSection(
         name=target,
         anchor=anchor,
@@ -81,47 +99,58 @@ def target_section(run: RunMaterial, target: str, anchor: str) -> TargetSection:
         key=tuple(
             (swatch(order.index(row.variant), hollow=not row.validity.valid), row.variant) for row in rows
         ),
-        figures=tuple(figure for figure in figures.of(material) if figure.chart),
-        layers=tuple(layer_tables(material)),
+        figures=tuple(figure for figure in figures.all() if figure.chart),
+        layers=tuple(layer_tables(figures.material)),
     )
 
 
 class Figures:
-    """The charts of one target's rows; one with nothing to draw in it is empty."""
+    """The charts of one target; one with nothing to draw in it is empty. Axes have room for the other side's too."""
 
-    def __init__(self, rows: Sequence[VariantResult], metric: Metric, order: Sequence[str]) -> None:
-        self.rows, self.metric, self.order = rows, metric, order
-        self.simulated = any(row.simulated for row in rows)
-        self.valid = all(row.validity.valid for row in rows)
+    def __init__(self, run: RunMaterial, target: str, side: Side) -> None:
+        self.side, self.metric = side, run.metrics[0]
+        self.rows, self.material = run.rows_of(target), run.target(target)
+        self.other_rows, self.other = side.other.rows_of(target), side.other.target(target)
+        self.simulated = any(row.simulated for row in self.rows)
+        self.valid = all(row.validity.valid for row in self.rows)
 
-    def of(self, material: TargetMaterial) -> list[Figure]:
-        found = [self.accuracy_latency(), self.accuracy_size(), self.latencies(material)]
-        if material.stream:
-            width, height = material.stream.frame_size
-            title = f"A frame by step, of {material.stream.source}, {width} × {height}"
-            found.append(self.steps(title, material.stream, stream_result.STEPS))
-        if material.cascade:
+    def all(self) -> list[Figure]:
+        found = [self.accuracy_latency(), self.accuracy_size(), self.latencies()]
+        stream, cascade = self.material.stream, self.material.cascade
+        if stream:
+            width, height = stream.frame_size
+            title = f"A frame by step, of {stream.source}, {width} × {height}"
+            found.append(self.steps(title, stream, self.other.stream, stream_result.STEPS))
+        if cascade:
             title = "Detector and classifier as one, by step"
-            found.append(self.steps(title, material.cascade, cascade_result.STEPS))
+            found.append(self.steps(title, cascade, self.other.cascade, cascade_result.STEPS))
         return found
 
     def accuracy_latency(self) -> Figure:
-        title = self.titled(f"{self.metric.name} against latency")
-        points = latency_points(self.rows, self.metric, self.order)
+        points, others = self.points(latency_points)
         caption = (
             f"{self.front_text(points)} Bars are 95 % intervals: of the latency, and of {self.metric.name} as paired "
             "with the baseline's on the same samples, so the baseline has none. Where bars overlap, the order is "
             "not decided."
         )
-        return Figure(title, self.scatter(points, "ms, median", title), caption)
+        title = f"{self.metric.name} against latency"
+        return self.scatter(title, points, others, "ms, median", caption)
 
     def accuracy_size(self) -> Figure:
-        title = self.titled(f"{self.metric.name} against size")
-        points = size_points(self.rows, self.metric, self.order)
-        return Figure(title, self.scatter(points, "MB", title), f"{self.front_text(points)} A size is exact.")
+        points, others = self.points(size_points)
+        caption = f"{self.front_text(points)} A size is exact."
+        return self.scatter(f"{self.metric.name} against size", points, others, "MB", caption)
 
-    def scatter(self, points: Sequence[Point], cost: str, title: str) -> Markup:
-        return draw_scatter(points, self.metric, cost, title=title, simulated=self.simulated)
+    def points(self, of: MakePoints) -> tuple[list[Point], list[Point]]:
+        """This side's and the other's."""
+        one, other = (of(rows, self.metric, self.side.order) for rows in (self.rows, self.other_rows))
+        return one, other
+
+    def scatter(
+        self, title: str, points: Sequence[Point], others: Sequence[Point], cost: str, caption: str
+    ) -> Figure:
+        draw = partial(draw_scatter, points, self.metric, cost, beside=others)
+        return self.figure(title, draw, caption)
 
     def front_text(self, points: Sequence[Point]) -> str:
         front = pareto_front(points, higher_is_better=self.metric.higher_is_better)
@@ -131,33 +160,32 @@ class Figures:
         names = listed([point.label for point in front], len(front))
         return f"Pareto front (dashed): {names}.{hollow}" if front else f"No Pareto front.{hollow}"
 
-    def latencies(self, material: TargetMaterial) -> Figure:
-        title = self.titled("How long queries took")
-        chart = draw_distributions(
-            material.latencies_ms, order=self.order, title=title, simulated=self.simulated
-        )
+    def latencies(self) -> Figure:
+        beside = self.other.latencies_ms.values()
+        draw = partial(draw_distributions, self.material.latencies_ms, order=self.side.order, beside=beside)
         invalid = "" if self.valid else " The session is not valid."
-        return Figure(
-            title, chart, f"Every counted query is in its histogram. Ticks: p50, p90 and p99.{invalid}"
-        )
+        caption = f"Every counted query is in its histogram. Ticks: p50, p90 and p99.{invalid}"
+        return self.figure("How long queries took", draw, caption)
 
     def steps(
         self,
         title: str,
-        result: stream_result.StreamResult | cascade_result.CascadeResult,
+        result: Stepped,
+        other: Stepped | None,
         steps: Sequence[str],
     ) -> Figure:
-        title = self.titled(title)
         times = {name: found.steps for name, found in result.variants.items()}
-        chart = draw_steps(times, steps, END_TO_END, title=title, simulated=self.simulated)
+        beside = [found.steps for found in other.variants.values()] if other else []
+        draw = partial(draw_steps, times, steps, END_TO_END, beside=beside)
         invalid = "" if result.validity.valid else f"INVALID: {'; '.join(result.validity.reasons)}. "
         caption = "Medians of the steps; the tick is the median end to end, which they need not sum up to."
-        return Figure(
-            title, chart, f"{invalid}{caption}", tuple((box(i), step) for i, step in enumerate(steps))
-        )
+        key = tuple((box(i), step) for i, step in enumerate(steps))
+        return self.figure(title, draw, f"{invalid}{caption}", key)
 
-    def titled(self, title: str) -> str:
-        return f"{title} (SIMULATED)" if self.simulated else title
+    def figure(self, title: str, draw: Draw, caption: str, key: Key = ()) -> Figure:
+        title = f"{title} (SIMULATED)" if self.simulated else title
+        told = ", ".join(filter(None, (title, self.side.name)))
+        return Figure(title, draw(title=told, simulated=self.simulated), caption, key, self.side.name)
 
 
 def layer_tables(material: TargetMaterial) -> list[Layers]:

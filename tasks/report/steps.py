@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 
 from markupsafe import Markup
@@ -24,16 +24,18 @@ def draw_steps(
     *,
     title: str,
     simulated: bool = False,
+    beside: Iterable[Steps] = (),
 ) -> Markup:
     """Medians of the ``steps`` side by side, and a tick at the median of the ``whole``, which they need not sum up to.
 
-    Nothing where no variant has a median.
+    Nothing where no variant has a median. The axis has room for what is ``beside`` it too.
     """
     told = {name: _medians(found, steps) for name, found in variants.items()}
     wholes = {name: found[whole].p50_ms for name, found in variants.items()}
-    longest = max([0.0, *map(sum, told.values()), *(one or 0.0 for one in wholes.values())])
-    if not longest:
+    lengths = [_length(found, steps, whole) for found in variants.values()]
+    if not any(lengths):
         return Markup("")
+    longest = max([*lengths, *(_length(found, steps, whole) for found in beside)])
     scale = Scale(0.0, longest * 1.04, LEFT, RIGHT)
     bottom = TOP + ROW * len(told)
     return drawing(
@@ -52,6 +54,10 @@ def draw_steps(
 
 def _medians(found: Steps, steps: Sequence[str]) -> list[float]:
     return [found[step].p50_ms or 0.0 for step in steps]
+
+
+def _length(found: Steps, steps: Sequence[str], whole: str) -> float:
+    return max(sum(_medians(found, steps)), found[whole].p50_ms or 0.0)
 
 
 def _axis(scale: Scale, bottom: float) -> Markup:

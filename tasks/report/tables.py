@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from jetway.tasks.gates import winner
 from jetway.tasks.ladder import TITLES, Rung, RungStatus, ladder_lines
 from jetway.tasks.metrics import Metric
-from jetway.tasks.report.material import Lineage, RunMaterial
-from jetway.tasks.report.words import interval_text
+from jetway.tasks.report.material import CalibrationMaterial, Lineage, RunMaterial
+from jetway.tasks.report.words import count_of, interval_text, listed
 from jetway.tasks.results import GateVerdict, VariantResult, Verdict
 from jetway.tasks.table import Column, columns_of
 
@@ -24,6 +24,10 @@ RUNG_TONES = {
     RungStatus.NOT_TRIED: "",
 }
 DIGEST_CHARACTERS = 16
+#: What always stands in one line.
+LINE_CHARACTERS = 24
+#: Scenes of a calibration set that are shown, the most frequent first; the rest is summed up.
+SHOWN_SCENES = 12
 NOTHING = "–"
 
 
@@ -43,6 +47,11 @@ class Table:
     caption: str
     titles: tuple[Cell, ...]
     rows: tuple[tuple[Cell, ...], ...]
+
+
+def wrapping(words: str) -> Cell:
+    """A cell that takes several lines where its words are many."""
+    return Cell(words, "words long" if len(words) > LINE_CHARACTERS else "words")
 
 
 def stage_table(rows: Sequence[VariantResult], metrics: Sequence[Metric]) -> Table:
@@ -102,7 +111,7 @@ def _gate_cells(row: VariantResult, gate: GateVerdict) -> tuple[Cell, ...]:
     tone, mark = VERDICTS[gate.verdict]
     return (
         Cell(f"{mark} {gate.verdict}", f"words {tone}"),
-        Cell(gate.name),
+        wrapping(gate.name),
         Cell(row.variant),
         Cell(f"{row.target} (simulated)" if row.simulated else row.target),
         Cell(f"{gate.limit:g}", "figure"),
@@ -149,6 +158,27 @@ def _session_cells(run: RunMaterial, target: str, figures: int) -> tuple[Cell, .
         ]
     verdict = Cell("✓ yes", "words good") if valid else Cell("✗ NO", "words unsure")
     return (Cell(target), verdict, *(Cell(text, "figure") for text in told))
+
+
+def calibration_table(found: CalibrationMaterial) -> Table:
+    """How many samples of a calibration set show each scene, and which scenes are in the evaluation data alone."""
+    ordered = sorted(found.scenes.items(), key=lambda one: (-one[1], one[0]))
+    shown, others = ordered[:SHOWN_SCENES], ordered[SHOWN_SCENES:]
+    lines = [(scene, count, "") for scene, count in shown]
+    if others:
+        lines.append((count_of(len(others), "rarer scene"), sum(count for _, count in others), ""))
+    if found.only_in_evaluation:
+        missing = list(found.only_in_evaluation)
+        lines.append((f"in the evaluation data alone: {listed(missing)}", 0, "unsure"))
+    digest = found.sha256[:DIGEST_CHARACTERS]
+    return Table(
+        caption=f"Set {found.name}: {count_of(found.samples, 'sample')}, sha256 {digest}",
+        titles=(Cell("scene"), Cell("samples", "figure")),
+        rows=tuple(
+            (Cell(scene, f"words {tone}".strip()), Cell(f"{count:,}", f"figure {tone}".strip()))
+            for scene, count, tone in lines
+        ),
+    )
 
 
 def lineage_table(lineage: Sequence[Lineage]) -> Table | None:

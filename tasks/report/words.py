@@ -9,6 +9,8 @@ from jetway.tasks.results import Interval
 
 #: Below this relative difference two figures are told as the same.
 NOTICEABLE = 0.005
+#: Metrics whose names in MLflow are no words.
+METRICS = {"macs": "MACs", "size_bytes": "size", "latency_ms_p50": "median latency"}
 #: A smaller figure is written with an exponent.
 SMALLEST_DECIMALS = 7
 
@@ -69,6 +71,10 @@ def shortened(name: str, limit: int = 32) -> str:
 def count_of(count: int, noun: str) -> str:
     """``1 gate``, ``3 gates``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def metric_words(name: str) -> str:
+    return METRICS.get(name, name)
 
 
 def day_and_time(moment: datetime) -> str:

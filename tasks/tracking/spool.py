@@ -16,6 +16,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -166,14 +167,15 @@ class LeftSpool:
 
 def left_spools() -> Iterator[LeftSpool]:
     """The spools of this home whose process is gone, oldest first, each locked while it is looked at."""
-    paths = (jetway_home() / "spool").glob(f"*/{LINES}")
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime):
-        with path.open("rb") as file:
+    paths = list((jetway_home() / "spool").glob(f"*/{LINES}"))
+    for path in sorted(paths, key=_written_s):
+        with suppress(FileNotFoundError), path.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            if b"\n" not in (text := file.read()):
+            handed_over = not path.exists()
+            if handed_over or b"\n" not in (text := file.read()):
                 continue
             try:
                 left = LeftSpool(path.parent, text)
@@ -181,6 +183,14 @@ def left_spools() -> Iterator[LeftSpool]:
                 logger.warning("%s stays, as another version of Jetway wrote it: %s", path, exc)
                 continue
             yield left
+
+
+def _written_s(path: Path) -> float:
+    """When it was written last; 0 for what another process has handed over meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _new_folder() -> Path:

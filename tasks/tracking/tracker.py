@@ -136,9 +136,9 @@ class Tracker:
         """
         return self._create(experiment, "stage", None, tags, stage, unless=unless)
 
-    def start_night(self, name: str, params: Mapping[str, Any]) -> str:
+    def start_night(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> str:
         """Starts the run of a night, which holds what it says of each recipe and target. Returns its run id."""
-        return self._create(NIGHTS, "nightly", params, {}, name)
+        return self._create(NIGHTS, "nightly", params, dict(tags or {}), name)
 
     def start_comparison(self, night_id: str, name: str, tags: Mapping[str, str]) -> str:
         """Starts the run of one recipe on one target in a night. Returns its run id."""
@@ -268,7 +268,7 @@ class Tracker:
         if id_or_prefix == "latest":
             found = self.pipeline_runs(limit=1)
         elif _FULL_ID.fullmatch(id_or_prefix):
-            found = self.search(f"{PIPELINE} AND attributes.run_id = '{id_or_prefix}'")
+            found = self._whole_runs(id_or_prefix)
         else:
             everything = self.pipeline_runs() + self.search(f"tags.`{KIND_TAG}` = 'fallback'")
             found = [run for run in everything if run.run_id.startswith(id_or_prefix)]
@@ -281,6 +281,16 @@ class Tracker:
         raise TrackingError(
             f"{problem} in {without_password(self.uri)}. The newest are: {newest or 'none yet'}."
         )
+
+    def _whole_runs(self, run_id: str) -> list[RunRecord]:
+        """The run of this id. Raises TrackingError for one of a variant, which is a part of another."""
+        found = self.search(f"attributes.run_id = '{run_id}'")
+        for run in found:
+            if run.tags.get(KIND_TAG) == "variant":
+                raise TrackingError(
+                    f"{run_id[:8]} is a variant of run {run.tags[PARENT_TAG][:8]}, {run.name}. Name that run."
+                )
+        return [run for run in found if run.tags.get(KIND_TAG) in ("pipeline", "fallback")]
 
     def newest_run_with(self, path: str) -> RunRecord:
         """The newest ended pipeline run with this file at its top; one of a fleet may have ended as FAILED.

@@ -13,6 +13,7 @@ from torch.nn import functional
 from jetway.data.driving.frames import POINT_FEATURES, Augmentation, DrivingFrames, Grid
 from jetway.data.driving.sensors import Rig
 from jetway.data.driving.world import GROUNDS, OBJECTS
+from jetway.data.light import light_of
 from jetway.tasks.metrics import Metric
 from jetway.tasks.workload import Inputs, Outputs, Record, Workload
 from jetway.tasks.workloads.bev.detection import find_objects, match_objects, mean_average_precision
@@ -39,8 +40,14 @@ class BevFusionWorkload(Workload):
 
     output_names = ("heatmap", "boxes", "segmentation")
     metrics = (
-        Metric(name="map", description="mean average precision by centre distance, as nuScenes defines it"),
-        Metric(name="miou", description="mean intersection over union of the classes of the ground"),
+        Metric(
+            name="map",
+            best=1.0,
+            description="mean average precision by centre distance, as nuScenes defines it",
+        ),
+        Metric(
+            name="miou", best=1.0, description="mean intersection over union of the classes of the ground"
+        ),
     )
     labels = OBJECTS
 
@@ -110,6 +117,12 @@ class BevFusionWorkload(Workload):
 
     def evaluation_data(self) -> DrivingFrames:
         return DrivingFrames("evaluation", self.evaluation_frames, self.rig, self.grid)
+
+    def scene_of(self, inputs: Inputs, target: Any) -> str:
+        """The light, and what is there to be found."""
+        kinds = target["objects"][:, 0]
+        there = [name for index, name in enumerate(OBJECTS) if (kinds == index).any()]
+        return f"{light_of(inputs['images'])}, {' and '.join(there) or 'nothing'}"
 
     def loss(self, outputs: Outputs, target: Any) -> Tensor:
         """Focal loss of the heatmap, distance of the boxes at centres, and cross entropy of the ground."""

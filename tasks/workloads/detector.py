@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jetway.data.digits import Split
+from jetway.data.light import light_of
+from jetway.data.scene_augmentation import Augmentation
 from jetway.data.scenes import CLASSES, DetectionScenes, SceneConfig, image_input
 from jetway.tasks.average_precision import match_detections, mean_average_precision
-from jetway.tasks.frames import Boxes, FrameProcessing
+from jetway.tasks.frames import Boxes, FrameInput, FrameProcessing
 from jetway.tasks.metrics import Metric
 from jetway.tasks.workload import Inputs, Outputs, Record, Workload
+from jetway.tasks.workloads.scenes import SceneWorkload
 
 Array = NDArray[Any]
 
@@ -39,52 +42,22 @@ _LARGEST = 3.5
 _ABSENT_WEIGHT, _BOX_WEIGHT = 0.75, 2.0
 
 
-class SceneDetector(Workload):
-    """Finds digits in ``size``×``size`` scenes; ``widths`` are the channels at strides 4, 8, 16 and so on.
+class FindsBoxes(Workload):
+    """What detectors have in common whose ``cells`` give class logits and distances."""
 
-    Every stride from 8 on is a level that predicts. ``depth`` is the number of bottlenecks a stage, ``neck`` the
-    channels of the neck's levels. ``scenes`` are the numbers of training, calibration and evaluation scenes.
-    """
-
-    output_names = ("class_logits", "distances")
+    output_names: tuple[str, ...] = ("class_logits", "distances")
     metrics = (
-        Metric(name="map50_95", description="COCO mean average precision over IoU 0.50 to 0.95"),
-        Metric(name="map50", description="COCO mean average precision at IoU 0.50"),
+        Metric(name="map50_95", best=1.0, description="COCO mean average precision over IoU 0.50 to 0.95"),
+        Metric(name="map50", best=1.0, description="COCO mean average precision at IoU 0.50"),
     )
-    labels = tuple("0123456789")
+    cells: Cells
 
-    def __init__(
-        self,
-        size: int = 96,
-        widths: Sequence[int] = (64, 128, 256),
-        depth: int = 1,
-        neck: int = 128,
-        scenes: tuple[int, int, int] = (2400, 256, 500),
-        seed: int = 0,
-    ) -> None:
-        self.size, self.widths, self.depth, self.neck = size, tuple(widths), depth, neck
-        self.counts: dict[Split, int] = dict(zip(("train", "calibration", "evaluation"), scenes, strict=True))
-        self.scene_config = SceneConfig(size=size, seed=seed)
-        self.cells = Cells(size, strides=[8 * 2**level for level in range(len(self.widths) - 1)])
-
-    def network(self) -> nn.Module:
-        return Detector(self.widths, self.depth, self.neck)
-
-    def example_inputs(self) -> Inputs:
-        return {"image": torch.zeros(1, 3, self.size, self.size)}
-
-    def train_data(self) -> DetectionScenes:
-        return self._scenes("train")
-
-    def calibration_data(self) -> DetectionScenes:
-        return self._scenes("calibration")
-
-    def evaluation_data(self) -> DetectionScenes:
-        return self._scenes("evaluation")
+    def frame_input(self) -> FrameInput:
+        raise NotImplementedError
 
     def frame_processing(self) -> FrameProcessing:
         return FrameProcessing(
-            input=image_input(self.size),
+            input=self.frame_input(),
             results=Boxes(
                 class_logits="class_logits",
                 distances="distances",
@@ -103,18 +76,53 @@ class SceneDetector(Workload):
         return self.score_boxes(*found, target)
 
     def score_boxes(self, boxes: Array, scores: Array, labels: Array, target: Any) -> Record:
-        """The same of boxes [n, 4] in pixels of the scene, whoever has named them."""
+        """The same of boxes [n, 4] in pixels of the input, whoever has named them."""
         true_labels = np.asarray(target["labels"])
-        true_boxes = np.asarray(target["boxes"])[true_labels >= 0]
+        true_boxes, there = np.asarray(target["boxes"]), true_labels >= 0
         return match_detections(
-            boxes, scores, labels, true_boxes, true_labels[true_labels >= 0], classes=CLASSES
+            boxes, scores, labels, true_boxes[there], true_labels[there], classes=len(self.labels)
         )
 
     def summarize(self, records: Sequence[Record]) -> dict[str, float]:
-        return mean_average_precision(records, classes=CLASSES)
+        return mean_average_precision(records, classes=len(self.labels))
 
-    def _scenes(self, split: Split) -> DetectionScenes:
-        return DetectionScenes(split, self.scene_config, self.counts[split])
+
+class SceneDetector(FindsBoxes, SceneWorkload):
+    """Finds digits in ``size``×``size`` scenes; ``widths`` are the channels at strides 4, 8, 16 and so on.
+
+    Every stride from 8 on is a level that predicts. ``depth`` is the number of bottlenecks a stage, ``neck`` the
+    channels of the neck's levels; the other options are those of SceneWorkload.
+    """
+
+    labels = tuple("0123456789")
+
+    def __init__(
+        self,
+        size: int = 96,
+        widths: Sequence[int] = (64, 128, 256),
+        depth: int = 1,
+        neck: int = 128,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(SceneConfig(size=size, seed=seed), **options)
+        self.size, self.widths, self.depth, self.neck = size, tuple(widths), depth, neck
+        self.cells = Cells(size, strides=[8 * 2**level for level in range(len(self.widths) - 1)])
+
+    def network(self) -> nn.Module:
+        return Detector(self.widths, self.depth, self.neck)
+
+    def example_inputs(self) -> Inputs:
+        return {"image": torch.zeros(1, 3, self.size, self.size)}
+
+    def data(self, split: Split, augmentation: Augmentation | None = None) -> DetectionScenes:
+        return DetectionScenes(split, self.scene_config, self.counts[split], augmentation)
+
+    def scene_of(self, inputs: Inputs, target: Any) -> str:
+        return f"{light_of(inputs['image'])}, {int((target['labels'] >= 0).sum())} digits"
+
+    def frame_input(self) -> FrameInput:
+        return image_input(self.size)
 
 
 class Cells:

@@ -23,7 +23,9 @@ class DigitsClassifier(Workload):
 
     output_names = ("logits",)
     metrics = (
-        Metric(name="top1", description="share of the evaluation images whose largest logit is right"),
+        Metric(
+            name="top1", best=1.0, description="share of the evaluation images whose largest logit is right"
+        ),
     )
     labels = tuple("0123456789")
 

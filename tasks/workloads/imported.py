@@ -90,7 +90,9 @@ class ImageClassifier(ImportedNetwork):
     """Classifies images; a network's outputs beside the logits, as transformers gives them, are not used."""
 
     metrics = (
-        Metric(name="top1", description="share of the evaluation images whose largest logit is right"),
+        Metric(
+            name="top1", best=1.0, description="share of the evaluation images whose largest logit is right"
+        ),
     )
 
     def __init__(self, factory: str, data: str, **options: Any) -> None:
@@ -110,8 +112,12 @@ class ImageSegmenter(ImportedNetwork):
     """Gives each pixel a class; logits may be coarser than the masks, and are then scaled up."""
 
     metrics = (
-        Metric(name="miou", description="intersection over union, the mean over the classes that occur"),
-        Metric(name="pixel_accuracy", description="share of the evaluation pixels whose class is right"),
+        Metric(
+            name="miou", best=1.0, description="intersection over union, the mean over the classes that occur"
+        ),
+        Metric(
+            name="pixel_accuracy", best=1.0, description="share of the evaluation pixels whose class is right"
+        ),
     )
 
     def images(self, split: str, smallest_crop: float = 1.0) -> SegmentedImages:
@@ -173,7 +179,7 @@ def call_factory(given: Mapping[str, Any], *, key: str) -> Any:
     }
     try:
         return imported(given["factory"])(**arguments)
-    except (TypeError, ValueError, KeyError, RuntimeError) as exc:
+    except (TypeError, ValueError, KeyError, RuntimeError, OSError) as exc:
         raise ConfigError(f"{key}: {given['factory']}(**{arguments}) fails: {exc}") from exc
 
 

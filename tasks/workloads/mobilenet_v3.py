@@ -6,17 +6,20 @@ excitation, and hard-swish. The tables are the paper's; the width multiplier sca
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from jetway.data.digits import Split
+from jetway.data.light import light_of
+from jetway.data.scene_augmentation import Augmentation
 from jetway.data.scenes import CLASSES, DigitCrops, SceneConfig, image_input
 from jetway.tasks.frames import Classes, FrameProcessing
 from jetway.tasks.metrics import Metric
-from jetway.tasks.workload import Inputs, Outputs, Workload
+from jetway.tasks.workload import Inputs, Outputs
+from jetway.tasks.workloads.scenes import SceneWorkload
 
 Variant = Literal["small", "large"]
 
@@ -71,16 +74,22 @@ LAST_CHANNELS: dict[Variant, tuple[int, int]] = {"small": (576, 1024), "large": 
 SQUEEZE_RATIO = 0.25
 
 
-class CropClassifier(Workload):
+class CropClassifier(SceneWorkload):
     """Classifies the digit in the middle of a ``size``×``size`` crop; ``width`` multiplies every layer's channels.
 
-    ``round_to`` is what channel counts are multiples of: 8 in the paper, 16 for CPUs with VNNI. ``scenes`` are the
-    numbers of training, calibration and evaluation scenes that the crops come from.
+    ``round_to`` is what channel counts are multiples of: 8 in the paper, 16 for CPUs with VNNI; the other
+    options are those of SceneWorkload, of the scenes that the crops come from.
     """
 
     output_names = ("logits",)
-    metrics = (Metric(name="top1", description="share of the evaluation crops whose largest logit is right"),)
+    metrics = (
+        Metric(
+            name="top1", best=1.0, description="share of the evaluation crops whose largest logit is right"
+        ),
+    )
     labels = tuple("0123456789")
+    #: More would cut the digit in the middle off.
+    strongest = Augmentation(crop_ratio=0.2, light_ratio=0.3)
 
     def __init__(
         self,
@@ -88,12 +97,11 @@ class CropClassifier(Workload):
         variant: Variant = "small",
         width: float = 1.0,
         round_to: int = 8,
-        scenes: tuple[int, int, int] = (2000, 100, 500),
         seed: int = 0,
+        **options: Any,
     ) -> None:
+        super().__init__(SceneConfig(seed=seed), **options)
         self.size, self.variant, self.width, self.round_to = size, variant, width, round_to
-        self.counts: dict[Split, int] = dict(zip(("train", "calibration", "evaluation"), scenes, strict=True))
-        self.scene_config = SceneConfig(seed=seed)
 
     def network(self) -> nn.Module:
         return MobileNetV3(self.variant, self.width, self.round_to)
@@ -101,14 +109,11 @@ class CropClassifier(Workload):
     def example_inputs(self) -> Inputs:
         return {"image": torch.zeros(1, 3, self.size, self.size)}
 
-    def train_data(self) -> DigitCrops:
-        return self._crops("train")
+    def data(self, split: Split, augmentation: Augmentation | None = None) -> DigitCrops:
+        return DigitCrops(split, self.scene_config, self.counts[split], self.size, augmentation)
 
-    def calibration_data(self) -> DigitCrops:
-        return self._crops("calibration")
-
-    def evaluation_data(self) -> DigitCrops:
-        return self._crops("evaluation")
+    def scene_of(self, inputs: Inputs, target: Any) -> str:
+        return f"{light_of(inputs['image'])}, {super().scene_of(inputs, target)}"
 
     def frame_processing(self) -> FrameProcessing:
         return FrameProcessing(
@@ -118,9 +123,6 @@ class CropClassifier(Workload):
 
     def loss(self, outputs: Outputs, target: Tensor) -> Tensor:
         return functional.cross_entropy(outputs["logits"], target)
-
-    def _crops(self, split: Split) -> DigitCrops:
-        return DigitCrops(split, self.scene_config, self.counts[split], self.size)
 
 
 class MobileNetV3(nn.Module):

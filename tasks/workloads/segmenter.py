@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jetway.data.digits import Split
+from jetway.data.light import light_of
+from jetway.data.scene_augmentation import Augmentation
 from jetway.data.scenes import CLASSES, SceneConfig, SegmentationScenes, image_input
 from jetway.tasks.frames import FrameProcessing, Masks
 from jetway.tasks.metrics import Metric
-from jetway.tasks.workload import Inputs, Outputs, Record, Workload
+from jetway.tasks.workload import Inputs, Outputs, Record
+from jetway.tasks.workloads.scenes import SceneWorkload
 
 Array = NDArray[Any]
 
@@ -31,16 +34,15 @@ MASK_CLASSES = 1 + CLASSES
 _BACKGROUND_WEIGHT = 0.3
 
 
-class SceneSegmenter(Workload):
+class SceneSegmenter(SceneWorkload):
     """Segments ``size``×``size`` scenes; ``widths`` are the channels at strides 4, 8, 16 and so on, ``depths`` the
-    blocks there, ``decoder`` the channels of the pyramid. ``scenes`` are the numbers of training, calibration and
-    evaluation scenes.
+    blocks there, ``decoder`` the channels of the pyramid; the other options are those of SceneWorkload.
     """
 
     output_names = ("logits",)
     metrics = (
-        Metric(name="miou", description="mean intersection over union of background and digits"),
-        Metric(name="pixel_accuracy", description="share of the pixels whose class is right"),
+        Metric(name="miou", best=1.0, description="mean intersection over union of background and digits"),
+        Metric(name="pixel_accuracy", best=1.0, description="share of the pixels whose class is right"),
     )
     labels = ("background", *"0123456789")
 
@@ -50,12 +52,11 @@ class SceneSegmenter(Workload):
         widths: Sequence[int] = (48, 96, 192),
         depths: Sequence[int] = (1, 2, 2),
         decoder: int = 64,
-        scenes: tuple[int, int, int] = (2400, 256, 500),
         seed: int = 0,
+        **options: Any,
     ) -> None:
+        super().__init__(SceneConfig(size=size, seed=seed), **options)
         self.size, self.widths, self.depths, self.decoder = size, tuple(widths), tuple(depths), decoder
-        self.counts: dict[Split, int] = dict(zip(("train", "calibration", "evaluation"), scenes, strict=True))
-        self.scene_config = SceneConfig(size=size, seed=seed)
 
     def network(self) -> nn.Module:
         return Segmenter(self.widths, self.depths, self.decoder)
@@ -63,14 +64,13 @@ class SceneSegmenter(Workload):
     def example_inputs(self) -> Inputs:
         return {"image": torch.zeros(1, 3, self.size, self.size)}
 
-    def train_data(self) -> SegmentationScenes:
-        return self._scenes("train")
+    def data(self, split: Split, augmentation: Augmentation | None = None) -> SegmentationScenes:
+        return SegmentationScenes(split, self.scene_config, self.counts[split], augmentation)
 
-    def calibration_data(self) -> SegmentationScenes:
-        return self._scenes("calibration")
-
-    def evaluation_data(self) -> SegmentationScenes:
-        return self._scenes("evaluation")
+    def scene_of(self, inputs: Inputs, target: Any) -> str:
+        """Equal digits of a scene are one class of its mask."""
+        digits = torch.unique(target[target > 0])
+        return f"{light_of(inputs['image'])}, {len(digits)} different digits"
 
     def frame_processing(self) -> FrameProcessing:
         return FrameProcessing(
@@ -102,9 +102,6 @@ class SceneSegmenter(Workload):
             "miou": float((intersection[seen] / union[seen]).mean()),
             "pixel_accuracy": float(intersection.sum() / (len(records) * self.size**2)),
         }
-
-    def _scenes(self, split: Split) -> SegmentationScenes:
-        return SegmentationScenes(split, self.scene_config, self.counts[split])
 
 
 class Segmenter(nn.Module):

@@ -35,7 +35,7 @@ CHAMPION, CANDIDATES, LIVE = 40, (40, 41, 42, 44), (40, 42)
 SIDES = ("champion", "candidate")
 RUN_CONFIG = one_run(BenchmarkConfig())
 SESSIONS = 2000
-CURVE = np.arange(0.0, 0.105, 0.01)
+CURVE = np.arange(0.0, 0.1025, 0.005)
 DRIFT = 0.01  # of the latency, from one run to the next
 TITLES = ("sessions", "slowdown", *Change, "REGRESSED in 10 pairs", "pairs", "coverage")
 
@@ -207,7 +207,8 @@ def draw(path, noise, live, slowdowns):
         found = [line for line in live if line["candidate"] == candidate]
         if found:
             slowdown = 0.0 if candidate == CHAMPION else slowdowns[candidate]
-            axes.plot(100 * slowdown, found_within(found, 10), "o", color="black", label=f"{len(found)} live")
+            label = f"{len(found)} live duels at {slowdown:.1%}"
+            axes.plot(100 * slowdown, found_within(found, 10), "o", color="black", label=label)
     axes.set_xlabel("real slowdown, %")
     axes.set_ylabel("share of sessions that say REGRESSED")
     axes.grid(alpha=0.3)

@@ -27,7 +27,7 @@ from jetway.tasks.measurement import (
     measure_variants,
 )
 from jetway.tasks.metrics import Metric
-from jetway.tasks.report.material import Lineage, RunMaterial, TargetMaterial
+from jetway.tasks.report.material import CalibrationMaterial, Lineage, RunMaterial, TargetMaterial
 from jetway.tasks.results import Validity, VariantResult
 from jetway.tasks.store import Store
 from jetway.tasks.stream_result import END_TO_END, STEPS, Rate, StreamResult, VariantStream
@@ -42,6 +42,7 @@ SHRINKING = 0.55
 ROUNDS = 40
 DIGEST = "0123456789abcdef" * 4
 SAMPLES = Tensors(sha256=DIGEST, size_bytes=1)
+CALIBRATION = CalibrationMaterial("night", DIGEST, 130, {"dark, 3 digits": 90, "dark, 4 digits": 40}, ["fog"])
 
 
 def make_run(
@@ -83,6 +84,7 @@ def make_run(
             )
             for row in rows
         ],
+        "calibration": [CALIBRATION],
     }
     return RunMaterial(**(values | changes))
 
@@ -270,6 +272,8 @@ def store_run(run: RunMaterial, recipe: object, tracker: Tracker, store: Store) 
         store_target(tracker, store, run_id, name, target)
     for row in run.rows:
         store_row(tracker, store, run_id, row)
+    for one in run.calibration:
+        store_calibration(tracker, store, run_id, one)
     result = RunResult(
         run_id=run_id,
         exit_code=gates_exit_code(run.rows),
@@ -297,6 +301,18 @@ def store_target(tracker: Tracker, store: Store, run_id: str, name: str, target:
         save_file(arrays, scratch / "samples")
         handle = store.add(Tensors, scratch / "samples")
     tracker.log_files(run_id, {f"{folder}/samples.safetensors": (handle, store.open(handle))})
+
+
+def store_calibration(tracker: Tracker, store: Store, run_id: str, found: CalibrationMaterial) -> None:
+    document = {
+        "set": found.name,
+        "sha256": found.sha256,
+        "samples": found.samples,
+        "scenes": dict(found.scenes),
+        "scenes_only_in_evaluation": list(found.only_in_evaluation),
+    }
+    handle = store.add_json(document)
+    tracker.log_files(run_id, {f"calibration/{found.name}.json": (handle, store.open(handle))})
 
 
 def store_row(tracker: Tracker, store: Store, run_id: str, row: VariantResult) -> None:

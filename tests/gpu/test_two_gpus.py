@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 
-COPIES = 10
+COPIES = 24
 SPLITS = {"train": range(1100), "calibration": range(1100, 1164), "evaluation": range(1164, 1797)}
 LOOP = {"batch_size": 256, "loader_workers": 12, "schedule": "one_cycle"}
 
@@ -77,9 +77,9 @@ def train_with(images, tmp_path):
             load_workload(config), Store(folder), workload_config=config, threads=8, work_dir=folder
         )
         torch.manual_seed(0)
-        section = TrainConfig(epochs=8, learning_rate=1e-3, processes=processes, **LOOP)
+        section = TrainConfig(epochs=4, learning_rate=1e-3, processes=processes, **LOOP)
         trained = load_baseline(context, None, section)
-        qat = QatConfig(epochs=3, learning_rate=2e-5, processes=processes, **LOOP)
+        qat = QatConfig(epochs=2, learning_rate=2e-5, processes=processes, **LOOP)
         calibrated = quantize_ptq(context, trained.handle, qat)
         quantized = train_qat(context, calibrated.handle, qat, None)
         return {

@@ -1,13 +1,19 @@
 """``jetway compare`` on stored runs, through the command."""
 
+import json
+import logging
+
 import numpy as np
 import pytest
 import yaml
+from doubles.servers import MlflowServer
 
-from jetway.flows.record import RESULT_PATH, RunResult
+from jetway.flows import compare
+from jetway.flows.record import COMPARISONS_SHOWN, RESULT_PATH, RunResult
 from jetway.tasks.metrics import Metric
 from jetway.tasks.results import VariantResult
 from jetway.tasks.store import Store
+from jetway.tasks.tracking import tracker as tracking
 from jetway.tasks.tracking.tracker import Tracker
 
 ENGINES, DATA = {"first": "1" * 64, "second": "2" * 64}, "d" * 64
@@ -30,7 +36,7 @@ def store_run(jetway_here, cli_home):
         params=(),
         variant="pruned-int8-qat",
         metric="top1",
-        recipe="",
+        recipe="name: digits",
         **metrics,
     ):
         tracker, files = Tracker(), Store()
@@ -47,6 +53,7 @@ def store_run(jetway_here, cli_home):
         result = RunResult(run_id=run_id, exit_code=0, rows=(row,), task_metrics=(Metric(name=metric),))
         tracker.log_json(run_id, RESULT_PATH, result.model_dump(mode="json"))
         tracker.log_text(run_id, "recipe.yaml", recipe)
+        tracker.log_json(run_id, "environment.json", {"git_commit": f"commit of {name}"})
         tracker.finish(run_id, "FINISHED")
         return run_id
 
@@ -86,10 +93,66 @@ def test_a_comparison_as_a_page(store_run, here, tmp_path):
         "How much worse top1 is",
         "qat.epochs",
         second[:8],
+        "commit of second",
+        "answers, sha256",
     ):
         assert told in page
     nowhere = here(first, second, "--report", tmp_path / "no folder" / "changes.html")
     assert (nowhere.exit_code, "name a file in a folder" in nowhere.stderr) == (2, True)
+
+
+def test_a_comparison_is_kept_with_the_second_run_and_linked_from_its_description(store_run, here):
+    first = store_run("first", 4900, latency_ms_p50=1.0)
+    second = store_run("second", 4750, latency_ms_p50=1.0)
+    tracker = Tracker()
+    tracker.describe(second, "A recipe.\n\n[The report](#/report) has charts.\n\n| a | table |")
+    printed = here(first, second, "--json").json
+    assert here(first, second, "--metric", "latency_ms_p50").exit_code == 5
+
+    recipe, report, compared, table = description(tracker, second)
+    assert (recipe, report, table) == ("A recipe.", "[The report](#/report) has charts.", "| a | table |")
+    newer, older = compared.splitlines()[1:]
+    assert newer.startswith("- [UNKNOWN](")
+    assert older.startswith("- [REGRESSED](")
+    folder = tracker.local_folder(second)
+    pages = {tracker.page_of(second, str(one.relative_to(folder))): one for one in folder.rglob("*.html")}
+    (path,) = (path for page, path in pages.items() if f"({page})" in older)
+    assert path.parent == folder / "comparisons" / first[:8]
+    assert json.loads(path.with_suffix(".json").read_text()) == printed
+    assert "Worse: top1 of pruned-int8-qat on loopback" in path.read_text()
+    assert f"[{first[:8]}]({tracker.page_of_run(first)})" in older
+    assert description(tracker, first) == [""]
+
+
+def description(tracker, run_id):
+    return tracker.run(run_id).tags.get("mlflow.note.content", "").split("\n\n")
+
+
+def test_a_description_links_the_newest_comparisons():
+    told = ""
+    for number in range(COMPARISONS_SHOWN + 2):
+        told = compare.with_comparison(told, f"number {number}")
+    assert told.splitlines() == ["Compared:", *(f"- number {number}" for number in (6, 5, 4, 3, 2))]
+
+
+@pytest.mark.team
+def test_a_comparison_stands_where_mlflow_goes_away_meanwhile(store_run, here, tmp_path, monkeypatch, caplog):
+    server = MlflowServer(tmp_path / "server")
+    server.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    monkeypatch.setattr(tracking, "PATIENCE_S", 1.0)
+    first, second = (store_run(name, 4900) for name in ENGINES)
+    tell = compare.print_comparison
+
+    def tell_and_lose_mlflow(comparison):
+        tell(comparison)
+        server.kill()
+
+    monkeypatch.setattr(compare, "print_comparison", tell_and_lose_mlflow)
+    compared = here(first, second)
+    assert (compared.exit_code, "SAME: " in compared.stdout) == (0, True)
+    told = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
+    assert any(f"run {second[:8]} does not keep this comparison" in one for one in told), told
 
 
 def test_metrics_by_name_can_pass(store_run, here):
@@ -156,6 +219,10 @@ def test_what_cannot_be_compared_is_explained(store_run, here):
     first, other = store_run("first", 4900), store_run("second", 4900, variant="baseline-fp32")
     same = here(first, first)
     assert (same.exit_code, "Both are run" in same.stderr) == (2, True)
+    assert f"jetway report {first[:8]}" in same.stderr
+    variant = Tracker().children(first)[0].run_id
+    below = here(variant, other)
+    assert (below.exit_code, f"is a variant of run {first[:8]}" in below.stderr) == (6, True)
     apart = here(first, other)
     assert (apart.exit_code, "share no variant on a target" in apart.stderr) == (2, True)
     unknown = here(first, "feedbeef", "--json")

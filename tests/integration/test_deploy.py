@@ -1,10 +1,14 @@
 """The whole pipeline as a user runs it: the command, a real SSH server, a real Prefect server, MLflow on sqlite."""
 
 import json
+from uuid import UUID
 
 import pytest
 import yaml
+from conftest import readme_block
 
+from jetway.flows.server import prefect_settings, running_server
+from jetway.flows.zombies import FLOW_RUN_TAG
 from jetway.tasks.tracking.tracker import Tracker
 
 # What libraries warn of is a matter of their tests; the first run's output is checked for noise.
@@ -54,10 +58,44 @@ def test_readme_example_deploys_and_then_is_reused(project, jetway, jetway_here,
     assert set(on_host(changed.stages(cached=True))) == before_qat
 
     check_record(cli_home, document)
+    check_tags(cli_home, document["run_id"])
     shown = jetway_here("show", document["run_id"][:12], cwd=project)
     assert shown.exit_code == 0
     assert "pruned-int8-qat" in shown.stdout
     check_comparison(jetway_here, project, [run.json["run_id"] for run in (first, again, changed)])
+
+
+def test_readme_example_of_two_inputs_and_two_outputs_deploys(project, jetway):
+    (project / "my_package/pairs.py").write_text(readme_block("two inputs example"))
+    recipe = yaml.safe_load(readme_block("recipe example")) | {
+        "name": "pairs",
+        "workload": {"class_path": "my_package.pairs:PairWorkload"},
+        "train": {"epochs": 8, "learning_rate": 3e-3},
+        "gates": [],
+    }
+    (project / "pairs.yaml").write_text(yaml.safe_dump(recipe))
+    run = jetway("run", "pairs.yaml", "--json", *QUICK_BENCHMARK, cwd=project)
+    document = finished(run)
+    assert [row["variant"] for row in document["variants"]] == VARIANTS
+    for row in document["variants"]:
+        assert row["metrics"]["total_right"] > 0.6
+        assert row["metrics"]["same_right"] > 0.8
+    assert set(run.metrics("pruned-int8-qat")) >= {"total_right_drop", "same_right_drop"}
+
+
+def check_tags(home, run_id):
+    """The process stands on the flow run alone: for each tag of a task Prefect asks its server before it starts."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    flow_run_id = UUID(Tracker(f"sqlite:///{home / 'mlflow.db'}").run(run_id).tags[FLOW_RUN_TAG])
+    ours = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+    with prefect_settings(running_server(home=home)), get_client(sync_client=True) as client:
+        (tag,) = client.read_flow_run(flow_run_id).tags
+        assert tag.startswith("process:")
+        tasks = client.read_task_runs(flow_run_filter=ours)
+    assert [task.tags for task in tasks] == [[]] * len(tasks)
+    assert len(tasks) > len(VARIANTS)
 
 
 def check_comparison(jetway_here, project, run_ids):

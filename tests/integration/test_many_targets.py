@@ -11,7 +11,8 @@ pytest_plugins = ["doubles.fake_jetson.fixtures"]
 pytestmark = [pytest.mark.serial, pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 COUNT = 8
-KERNEL_MS = 20
+# Long, as TensorRT's double spends a few milliseconds of this machine's CPU on each query.
+KERNEL_MS = 50
 LONGEST_RATIO = 1.5
 
 
@@ -34,8 +35,8 @@ def boards(tmp_path_factory, jetson_project):
 def test_eight_targets_take_hardly_longer_than_one(boards, jetson_project, jetway_here, record_property):
     path = jetson_project / "my_recipe.yaml"
     recipe = yaml.safe_load(path.read_text())
-    recipe["benchmark"] = {"warmup_runs": 2, "min_queries": 50, "min_duration_s": 8, "max_extensions": 0}
-    path.write_text(yaml.safe_dump(recipe | {"evaluate": {"samples": 200}}))
+    recipe["benchmark"] = {"warmup_runs": 2, "min_queries": 50, "min_duration_s": 6, "max_extensions": 0}
+    path.write_text(yaml.safe_dump(recipe | {"evaluate": {"samples": 80}}))
 
     def seconds(selector, *changes):
         began = time.monotonic()

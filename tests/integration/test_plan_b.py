@@ -27,6 +27,10 @@ def fallback(name, **overrides):
     return {"name": name, "overrides": {key.replace("__", "."): value for key, value in overrides.items()}}
 
 
+def is_valid(tracker, run_id):
+    return all(child.tags["validity"] == "VALID" for child in tracker.children(run_id))
+
+
 def test_fallbacks_are_tried_in_order_until_one_passes(project, recipe, jetway_here, cli_home):
     recipe(
         plan_b=[
@@ -37,21 +41,22 @@ def test_fallbacks_are_tried_in_order_until_one_passes(project, recipe, jetway_h
     )
     run = jetway_here("run", "my_recipe.yaml", "--json", cwd=project)
     told = run.json
-    disturbed = not all(row["validity"]["valid"] for row in told["variants"])
     ladder = {rung["name"]: rung for rung in told["ladder"]}
-    assert [rung["status"] for rung in told["ladder"]][::2] == ["MISSED", "NOT TRIED"], run.stderr
     more = ladder["prune-more"]["gains"][0]
     assert more["measured_size_ratio"] < 0.8
     assert more["predicted_size_ratio"] == pytest.approx(more["measured_size_ratio"], abs=0.1)
     assert ladder["train-more"]["gains"][0]["measured_size_ratio"] == pytest.approx(1.0, abs=0.01)
-    if disturbed or not more["passed"]:
-        pytest.skip("others kept the machine busy, so that a session was INVALID")
-    assert (run.exit_code, told["targets"][0]["plan_b"]) == (0, "prune-more")
+    assert ladder["train-more"]["status"] == "MISSED"
 
     tracker = Tracker(f"sqlite:///{cli_home / 'mlflow.db'}")
+    tried = tracker.fallbacks(told["run_id"])
+    if not all(is_valid(tracker, one.run_id) for one in tried):
+        pytest.skip("others kept the machine busy, so that a session was INVALID")
+    assert [rung["status"] for rung in told["ladder"]] == ["MISSED", "PASSED", "NOT TRIED"], run.stderr
+    assert more["passed"]
+    assert (run.exit_code, told["targets"][0]["plan_b"]) == (0, "prune-more")
     record = tracker.run(told["run_id"])
     assert (record.tags["plan_b"], record.tags["gate"]) == ("prune-more on loopback", "PASS")
-    tried = tracker.fallbacks(record.run_id)
     assert [one.tags["fallback"] for one in tried] == ["train-more", "prune-more"]
     assert tried[1].metrics["loopback.measured_size_ratio"] == more["measured_size_ratio"]
     assert [child.tags["variant"] for child in tracker.children(tried[1].run_id)] == [

@@ -134,7 +134,9 @@ def compared():
         )
         for variant, change in ((VARIANTS[-1], Change.REGRESSED), (LONG, Change.UNKNOWN))
     ]
-    return ComparisonMaterial("1a2b (monday)", "3c4d (tuesday)", rows, {"qat.epochs": ("3", "1")}, [LONG])
+    names = [*VARIANTS[:-1], LONG]
+    invalid = make_run(["bench"], names, reasons=["drifted by 38 % " * 20], lineage=[])
+    return ComparisonMaterial((make_run(["bench"]), invalid), rows, {"qat.epochs": ("3", "1")}, [LONG])
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +205,7 @@ def test_the_command_writes_it_again(store, monkeypatch, tmp_path, capsys):
         "How long queries took",
         "workload.class_path",
         "onnxruntime 1.31.1",
+        "dark, 3 digits",
     ):
         assert told in page
     assert "prune.round_to" in page

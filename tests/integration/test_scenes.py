@@ -2,7 +2,15 @@
 
 import pytest
 
-from jetway.configs.schema import ExportConfig, FinetuneConfig, Precision, PruneConfig, VerifyConfig
+from jetway.configs.schema import (
+    AnalyzeConfig,
+    ExportConfig,
+    FinetuneConfig,
+    Precision,
+    PruneConfig,
+    VerifyConfig,
+)
+from jetway.tasks.analyze import analyze_network
 from jetway.tasks.checkpoint import save_checkpoint
 from jetway.tasks.export import export_onnx
 from jetway.tasks.prune import prune_network
@@ -48,9 +56,10 @@ GUIDE_SIZED = {
 
 
 @pytest.mark.parametrize("kind", GUIDE_SIZED)
-def test_guide_sizes_are_pruned_and_exported(kind, tmp_path):
+def test_guide_sizes_are_analysed_pruned_and_exported(kind, tmp_path):
     context = StageContext(GUIDE_SIZED[kind](), Store(tmp_path / "store"), work_dir=tmp_path / "work")
     baseline = save_checkpoint(context.store, context.workload.network().eval(), structure=None)
+    assert analyze_network(context, baseline, AnalyzeConfig(latency_runs=1)).metrics["macs"] > 0
     pruned = prune_network(context, baseline, PruneConfig(pruning_ratio=0.3, round_to=16), FinetuneConfig())
     assert pruned.metrics["macs_ratio"] < 0.8
     model = export_onnx(context, pruned.handle, ExportConfig(), Precision.FP32).handle

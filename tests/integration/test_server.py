@@ -8,11 +8,14 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
 
 import pytest
 
-from jetway.flows.server import Server, queue_for, running_server, start_server, stop_server
+from jetway.flows.server import Server, meet_server, queue_for, running_server, start_server, stop_server
+from jetway.tasks.errors import TrackingError
 
 IDLE_S = 3.0
 FLOW = """
@@ -157,6 +160,46 @@ def test_a_slot_that_stays_taken_does_not_stop_a_run(server: Server) -> None:
     assert 0.9 <= waited < 15
 
 
+def test_a_slot_that_sqlite_refuses_is_asked_for_again_at_once(server: Server) -> None:
+    """Sqlite refuses some of them, as the server writes down meanwhile what becomes of the tasks."""
+    from prefect import flow, task
+
+    from jetway.flows.server import prefect_settings
+
+    @task(persist_result=False)
+    def nothing() -> None:
+        pass
+
+    def seconds_until_granted(name: str) -> float:
+        began = time.monotonic()
+        with queue_for(name):
+            return time.monotonic() - began
+
+    @flow(persist_result=False)
+    def asking() -> list[float]:
+        waits = []
+        for number in range(10):
+            futures = [nothing.submit() for _ in range(5)]
+            waits.append(seconds_until_granted(f"board {number}"))
+            for future in futures:
+                future.result()
+        return waits
+
+    with prefect_settings(server):
+        waits = asking()
+    assert max(waits) < 1.5
+
+
+def test_a_limit_may_be_made_by_several_at_once(server: Server) -> None:
+    from jetway.flows.server import limit_to_one, prefect_settings
+
+    with prefect_settings(server), ThreadPoolExecutor(4) as pool:
+        names = [f"limit {number}" for number in range(10) for _ in range(4)]
+        made = [pool.submit(copy_context().run, limit_to_one, name) for name in names]
+    for future in made:
+        future.result()
+
+
 def test_queue_for_lets_the_errors_of_its_block_through(server: Server) -> None:
     from jetway.flows.server import prefect_settings
 
@@ -202,3 +245,13 @@ def test_stop_server_ends_one_that_is_still_starting(home: Path) -> None:
         assert running_server(home=home) is None
         assert not stop_server(home=home)
     assert not Path(f"/proc/{pid}/cmdline").exists() or Path(f"/proc/{pid}/cmdline").read_bytes() == b""
+
+
+def test_a_server_that_stays_away_as_prefect_asks_its_version_is_a_typed_error():
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        began = time.monotonic()
+        with pytest.raises(TrackingError, match="Failed to reach API"):
+            meet_server(timeout_s=0.5)
+        assert time.monotonic() - began > 0.5

@@ -1,5 +1,9 @@
-"""What a run measures while MLflow's server is away: on the disk at once, and in MLflow exactly once later."""
+"""What a run measures while MLflow's server is away: on the disk at once, and in MLflow exactly once later.
 
+All of it with a server on sqlite and with one on PostgreSQL.
+"""
+
+import itertools
 import json
 import os
 import shutil
@@ -7,11 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+from doubles.postgres import running_postgres
 from doubles.servers import MlflowServer
 
 from jetway.tasks.artifacts import Checkpoint, StageOutput, json_sha256
@@ -37,12 +43,16 @@ os.kill(os.getpid(), 9)
 """
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
-    server.start()
-    yield server
-    server.kill()
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MlflowServer]:
+    with ExitStack() as stack:
+        postgres = stack.enter_context(running_postgres()) if request.param == "postgresql" else None
+        server = MlflowServer(tmp_path_factory.mktemp("mlflow"), postgres.url if postgres else None)
+        stack.callback(server.kill)
+        server.start()
+        yield server
 
 
 @pytest.fixture(autouse=True)
@@ -104,12 +114,7 @@ def test_what_is_written_while_mlflow_is_away_is_there_once_when_it_is_back(
     child = measure(tracker, run_id, Store(tmp_path / "store"))
     assert 1 <= time.monotonic() - began < 10, "patience is spent once, not for each write"
     assert not tracker.replay(wait_s=0)
-    (folder,) = spool_folders()
-    # What a process leaves that dies in the middle of a handover, or just before it would remove the spool.
-    shutil.copytree(folder, folder.with_name("left"))
-    text = (folder / "writes.jsonl").read_text().replace(str(folder), str(folder.with_name("left")))
-    (folder.with_name("left") / "writes.jsonl").write_text(text)
-
+    lines = leave_spool()
     server.start()
     assert tracker.replay()
     assert_all_is_there_once(Tracker(server.url), run_id)
@@ -117,10 +122,68 @@ def test_what_is_written_while_mlflow_is_away_is_there_once_when_it_is_back(
     assert Tracker(server.url).children(run_id)[0].tags["late"]
     ended_ms = tracker._mlflow.client.get_run(run_id).info.end_time
 
-    assert Tracker(server.url).replay_left() == len(text.splitlines()) - 1
+    assert Tracker(server.url).replay_left() == lines
     assert_all_is_there_once(Tracker(server.url), run_id)
     assert Tracker(server.url)._mlflow.client.get_run(run_id).info.end_time == ended_ms
     assert spool_folders() == []
+
+
+def leave_spool() -> int:
+    """Leaves what a process does that dies in the middle of a handover, or just before it would remove the spool."""
+    (folder,) = spool_folders()
+    left = folder.with_name("left")
+    shutil.copytree(folder, left)
+    text = (folder / "writes.jsonl").read_text().replace(str(folder), str(left))
+    (left / "writes.jsonl").write_text(text)
+    return len(text.splitlines()) - 1
+
+
+def test_a_handover_may_break_off_after_any_request_and_begins_anew(
+    server: MlflowServer, tmp_path: Path
+) -> None:
+    tracker = Tracker(server.url, run_patience_s=0)
+    run_id = tracker.start_run("digits", run_name="first")
+    server.kill()
+    measure(tracker, run_id, Store(tmp_path / "store"))
+    lines = leave_spool()
+    server.start()
+    breaks = 0
+    while hand_over(server, requests_answered=breaks) is None:
+        breaks += 1
+        if breaks == lines:
+            server.kill()
+            assert hand_over(server) is None
+            server.start()
+    assert breaks > lines, "each line is at least one request"
+    assert_all_is_there_once(Tracker(server.url), run_id)
+    assert tracker.replay()
+    assert_all_is_there_once(Tracker(server.url), run_id)
+    assert spool_folders() == []
+
+
+def hand_over(server: MlflowServer, requests_answered: int = sys.maxsize) -> int | None:
+    """Lines that were handed over; None where it broke off, as the answer to a later request is lost."""
+    with losing_an_answer(after=requests_answered):
+        try:
+            return Tracker(server.url).replay_left()
+        except TrackingUnreachableError:
+            return None
+
+
+@contextmanager
+def losing_an_answer(*, after: int) -> Iterator[None]:
+    """The request reaches the server, its answer nobody."""
+    send, sent = requests.Session.send, itertools.count()
+
+    def send_and_lose(*arguments: Any, **options: Any) -> requests.Response:
+        answer = send(*arguments, **options)
+        if next(sent) == after:
+            raise requests.ConnectionError("the answer is lost")
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(requests.Session, "send", send_and_lose)
+        yield
 
 
 def test_a_restart_within_the_patience_costs_nothing_but_time(server: MlflowServer, tmp_path: Path) -> None:

@@ -114,6 +114,21 @@ def test_end_group_ends_what_ignores_a_polite_word() -> None:
         assert time.monotonic() < until
 
 
+def test_end_group_returns_when_nothing_of_the_group_is_left() -> None:
+    supervisor = os.fork()
+    if supervisor == 0:
+        job.adopt_orphans()
+        worker = os.posix_spawn("/bin/sh", ["sh", "-c", "sleep 96.12 & sleep 96.12"], os.environ, setpgroup=0)
+        time.sleep(0.2)
+        job.end_group(worker, 0.0)
+        try:
+            os.killpg(worker, 0)
+        except ProcessLookupError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(supervisor, 0)[1] == 0
+
+
 def read_command_line(path: Path) -> bytes:
     try:
         return path.read_bytes()

@@ -1,5 +1,8 @@
 """Networks and data that cannot be taken as they are: each is told what to change before much is done, or works."""
 
+import logging
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +12,11 @@ from jetway.configs.schema import ExportConfig, FinetuneConfig, Precision, Prune
 from jetway.tasks.checkpoint import load_network, save_checkpoint
 from jetway.tasks.errors import ExportError, PruningError, QuantizationError, WorkloadError
 from jetway.tasks.export import export_onnx
+from jetway.tasks.frames import Boxes, FrameInput, FrameProcessing, Masks
 from jetway.tasks.load import load_baseline
 from jetway.tasks.prune import prune_network
 from jetway.tasks.qat import quantize_ptq, train_qat
-from jetway.tasks.workload import Workload, check_workload
+from jetway.tasks.workload import Workload, check_training_data, check_workload
 
 
 class Images(Workload):
@@ -73,12 +77,12 @@ READS = {
     "item": lambda x: x * x.mean().item(),
     "an index": lambda x: x[:, : int(x.argmax()) + 1].mean(dim=1, keepdim=True) + x,
     "float": lambda x: x * float(x.max()),
+    "asarray": lambda x: x * float(np.asarray(x).max()),
 }
 
 
-@pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
-def test_control_flow_by_values_names_the_module_before_any_training(read):
-    class Branching(Plain):
+def gated(read):
+    class Gated(Plain):
         def __init__(self):
             super().__init__()
             self.gate = Gate(read)
@@ -86,8 +90,54 @@ def test_control_flow_by_values_names_the_module_before_any_training(read):
         def middle(self, x):
             return self.gate(x)
 
+    return Images(Gated)
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
+def test_control_flow_by_values_names_the_module_before_any_training(read):
     with pytest.raises(WorkloadError, match=r"depends on values: module 'gate' .*Use torch\.where"):
-        check_workload(Images(Branching))
+        check_workload(gated(read))
+
+
+GATHERS = {
+    "nonzero": lambda x: torch.nonzero(x),
+    "nonzero of a tensor": lambda x: (x > 0).nonzero(as_tuple=True)[0],
+    "argwhere": lambda x: torch.argwhere(x),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: torch.unique(x, return_counts=True)[0],
+    "unique_consecutive": lambda x: x.flatten().unique_consecutive(),
+    "where": lambda x: torch.where(x > 0)[0],
+    "an index by a mask": lambda x: x[x > 0],
+    "an index by a mask of places": lambda x: x[:, :, (x > 0).any(dim=(0, 1))],
+}
+
+
+@pytest.mark.parametrize("gather", GATHERS.values(), ids=GATHERS.keys())
+def test_a_shape_by_values_names_the_module_and_what_to_use_instead(gather):
+    def read(x):
+        return x + gather(x).numel()
+
+    with pytest.raises(
+        WorkloadError, match=r"Shapes depend on values: module 'gate' .*multiply by the mask.*topk"
+    ):
+        check_workload(gated(read))
+
+
+KEPT = torch.arange(16) % 2 == 0
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        lambda x: x[:, KEPT].repeat(1, 2, 1, 1),
+        lambda x: x + torch.nonzero(KEPT).numel() + torch.where(KEPT)[0].numel(),
+        lambda x: torch.where(x > 0, input=x, other=-x) * (x > 0),
+        lambda x: x[:, x.mean(dim=(0, 2, 3)).topk(16).indices],
+    ],
+    ids=["constant mask", "nonzero of a constant", "where and product", "topk"],
+)
+def test_shapes_by_constants_are_fine(select):
+    check_workload(gated(select))
 
 
 def test_control_flow_by_sizes_and_constants_is_fine(make_context, tmp_path):
@@ -114,9 +164,12 @@ class WithUnused(Plain):
         self.spare, self.scale = nn.Conv2d(16, 16, 1), nn.Parameter(torch.ones(4))
 
 
-def test_unused_parameters_go_through_every_stage(make_context, tmp_path):
+def test_unused_parameters_go_through_every_stage_and_are_named(make_context, tmp_path, caplog):
     context = make_context(Images(WithUnused), tmp_path)
-    baseline = load_baseline(context, None, TrainConfig(epochs=1, batch_size=8)).handle
+    with caplog.at_level(logging.WARNING, "jetway"):
+        baseline = load_baseline(context, None, TrainConfig(epochs=1, batch_size=8)).handle
+    assert "train: never used by the loss: scale, spare.weight, spare.bias;" in caplog.text
+    assert caplog.text.count("never used") == 1
     pruned = prune_network(context, baseline, PruneConfig(importance="taylor"), FinetuneConfig()).handle
     start = quantize_ptq(context, pruned, QatConfig()).handle
     handle = train_qat(context, start, QatConfig(epochs=1, batch_size=8), None).handle
@@ -131,9 +184,11 @@ class SharedModule(Plain):
         return F.relu(self.conv(x))
 
 
-def test_a_shared_module_is_pruned_once_and_stays_shared(make_context, tmp_path):
+def test_a_shared_module_is_pruned_once_stays_shared_and_is_named(make_context, tmp_path, caplog):
     context, baseline = baseline_of(make_context, tmp_path, SharedModule)
-    output = prune_network(context, baseline, PruneConfig(round_to=4), FinetuneConfig())
+    with caplog.at_level(logging.INFO, "jetway"):
+        output = prune_network(context, baseline, PruneConfig(round_to=4), FinetuneConfig())
+    assert "prune: used more than once, and cut alike for all uses: conv\n" in caplog.text
     network = load_network(context.workload, output.handle, context.store)
     assert network.conv.in_channels == network.conv.out_channels == network.head.in_features == 8
 
@@ -150,7 +205,8 @@ def test_no_module_is_pruned_to_zero(make_context, tmp_path):
 def test_a_target_that_needs_a_module_pruned_to_zero_says_how_close(make_context, tmp_path):
     context, baseline = baseline_of(make_context, tmp_path, Plain)
     config = PruneConfig(target_macs_ratio=0.001, max_pruning_ratio=0.99, round_to=1)
-    with pytest.raises(PruningError, match=r"the most that can be pruned leaves 0\.\d+"):
+    most = r", most of it in stem \(8\d%, 1 of 16 channels\), conv .*, head \(\d%, 5 of 5 channels\)\. Raise"
+    with pytest.raises(PruningError, match=most):
         prune_network(context, baseline, config, FinetuneConfig())
 
 
@@ -176,18 +232,18 @@ def test_an_unsupported_operator_is_named_with_its_module(make_context, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": ("a", "b")}, r"Images\.labels has 2 names, but the output 'logits' has 5 columns"),
+        ({"labels": ("a", "b")}, r"Images\.labels has 2 names, but the output 'logits' .* has 5 classes"),
         (
             {"evaluation_data": lambda: [({"x": torch.zeros(3, 9, 8)}, 0)]},
-            r"evaluation_data\(\) gives 'x' as torch\.float32 \[3, 9, 8\], example_inputs\(\) has .*\[3, 8, 8\]",
+            r"evaluation_data\(\)\[0\] gives 'x' as torch\.float32 \[3, 9, 8\], example_inputs\(\) has .*\[3, 8, 8\]",
         ),
         (
             {"calibration_data": lambda: [({"x": torch.zeros(3, 8, 8, dtype=torch.uint8)}, 0)]},
-            r"calibration_data\(\) gives 'x' as torch\.uint8",
+            r"calibration_data\(\)\[0\] gives 'x' as torch\.uint8",
         ),
         (
             {"evaluation_data": lambda: [({"image": torch.zeros(3, 8, 8)}, 0)]},
-            r"evaluation_data\(\) gives the inputs \['image'\], example_inputs\(\) has \['x'\]",
+            r"evaluation_data\(\)\[0\] gives the inputs \['image'\], example_inputs\(\) has \['x'\]",
         ),
     ],
     ids=["labels", "shape", "dtype", "names"],
@@ -195,6 +251,45 @@ def test_an_unsupported_operator_is_named_with_its_module(make_context, tmp_path
 def test_data_that_do_not_fit_the_network_are_refused_before_training(changes, message):
     with pytest.raises(WorkloadError, match=message):
         check_workload(Images(Plain, **changes))
+
+
+ODD_ONE_LAST = [({"x": torch.zeros(3, size, 8)}, 0) for size in (8, 8, 9)]
+
+
+@pytest.mark.parametrize("source", ["train_data", "qat_data", "calibration_data", "evaluation_data"])
+def test_a_last_sample_of_another_shape_is_refused(source, make_context, tmp_path):
+    context = make_context(Images(Plain, **{source: lambda: ODD_ONE_LAST}), tmp_path)
+    with pytest.raises(WorkloadError, match=rf"{source}\(\)\[2\] gives 'x' as torch\.float32 \[3, 9, 8\]"):
+        load_baseline(context, None, TrainConfig(epochs=1))
+
+
+def test_training_data_may_be_left_out_and_random_numbers_stay():
+    def missing():
+        raise NotImplementedError
+
+    state = torch.get_rng_state()
+    check_training_data(Images(Plain, train_data=missing, qat_data=lambda: [({"x": torch.rand(3, 8, 8)}, 0)]))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("results", "output"),
+    [
+        (Boxes(class_logits="logits", distances="distances", strides=(8,)), (1, 5, 4)),
+        (Masks(output="logits"), (1, 5, 8, 8)),
+    ],
+    ids=["boxes", "masks"],
+)
+def test_labels_are_counted_against_detectors_and_segmenters_too(results, output):
+    class Maps(nn.Module):
+        def forward(self, x):
+            return x.mean() + torch.zeros(output), x.mean() + torch.zeros(1, 4, 4)
+
+    frames = FrameProcessing(input=FrameInput(name="x", size=(8, 8)), results=results)
+    changes = {"output_names": ("logits", "distances"), "frame_processing": lambda: frames}
+    check_workload(Images(Maps, labels=tuple("abcde"), **changes))
+    with pytest.raises(WorkloadError, match=r"labels has 2 names, but the output 'logits' .* has 5 classes"):
+        check_workload(Images(Maps, labels=("a", "b"), **changes))
 
 
 def test_labels_out_of_range_are_a_workload_error(make_context, tmp_path):

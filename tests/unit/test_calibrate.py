@@ -1,5 +1,7 @@
 """Calibration sets: what the artifact says of them, and which are refused."""
 
+import re
+
 import pytest
 import torch
 
@@ -11,6 +13,10 @@ from jetway.tasks.errors import ConfigError, QuantizationError
 from jetway.tasks.qat import quantize_ptq
 from jetway.tasks.quantization import load_quantized_network
 from jetway.tasks.workload import Workload
+from jetway.tasks.workloads.bev_fusion import BevFusionWorkload
+from jetway.tasks.workloads.detector import SceneDetector
+from jetway.tasks.workloads.mobilenet_v3 import CropClassifier
+from jetway.tasks.workloads.segmenter import SceneSegmenter
 
 
 class Scenes(Workload):
@@ -84,6 +90,37 @@ def test_a_sample_is_known_by_its_values_dtype_and_shape():
     digests = {sample_sha256({"x": each}) for each in (x, x.double(), x.view(2, 2), x + 1)}
     assert len(digests) == 4
     assert sample_sha256({"x": x, "y": x}) == sample_sha256({"y": x, "x": x.clone()})
+
+
+SMALL_SCENES = {"scenes": (1, 24, 24)}
+
+
+@pytest.mark.parametrize(
+    ("workload", "scene"),
+    [
+        (SceneDetector(size=32, **SMALL_SCENES), r"(dark|bright), [1-6] digits"),
+        (SceneSegmenter(size=32, **SMALL_SCENES), r"(dark|bright), [1-6] different digits"),
+        (CropClassifier(size=16, **SMALL_SCENES), r"(dark|bright), \d"),
+        (
+            BevFusionWorkload(image_size=(24, 48), cells=8, evaluation_frames=24),
+            r"(dark|bright), (nothing|\w+( and \w+)*)",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Workload) else "",
+)
+def test_reference_workloads_tell_their_scenes_apart(describe, workload, scene):
+    report, metrics = describe(workload, "default", 24)
+    assert len(report["scenes"]) >= 5
+    assert sum(report["scenes"].values()) == 24
+    assert all(re.fullmatch(scene, name) for name in report["scenes"])
+    assert {name.partition(",")[0] for name in report["scenes"]} == {"dark", "bright"}
+    assert 0 < metrics["scene_coverage_ratio"] <= 1
+
+
+def test_sets_of_one_run_have_files_of_their_own(make_context, tmp_path):
+    context = make_context(Scenes(), tmp_path)
+    files = [describe_calibration_set(context, section(name)).files for name in ("default", "night")]
+    assert [list(each) for each in files] == [["default.json"], ["night.json"]]
 
 
 def test_samples_of_the_evaluation_data_are_refused(describe):

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from jetway.configs.load import load_recipe
 from jetway.configs.schema import Recipe
-from jetway.flows.check import check_recipe_fits, facts
-from jetway.tasks.errors import ConfigError
+from jetway.flows.check import check_recipe, check_recipe_fits, check_without_targets, facts
+from jetway.tasks.errors import ConfigError, WorkloadError
 from jetway.tasks.target_info import TargetInfo
 
 
@@ -55,6 +56,76 @@ def test_what_compression_cannot_find_is_refused_before_training(small_workload,
     )
     with pytest.raises(ConfigError, match=message):
         check_recipe_fits(asked, Path("r.yaml"), small_workload(network="Swin"))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"variants": ["baseline-fp32", "baseline-int8-ptq-smoothquant"]},
+        {"variants": ["baseline-fp32", "baseline-int8-qat"], "qat": {"calibration": "smoothquant"}},
+    ],
+    ids=["variant", "recipe"],
+)
+def test_smoothquant_without_a_layer_norm_is_refused_before_training(small_workload, asked):
+    asked = Recipe(name="r", workload={"class_path": "small_networks:SmallWorkload"}, train={}, **asked)
+    check_recipe_fits(asked, Path("r.yaml"), small_workload(network="Swin"))
+    with pytest.raises(ConfigError, match=r"^baseline-int8-.*: smoothquant finds nothing .*Choose .*entropy"):
+        check_recipe_fits(asked, Path("r.yaml"), small_workload())
+
+
+ODD = """
+import torch
+from jetway.tasks.workloads.digits import DigitsClassifier
+
+class Odd(DigitsClassifier):
+    def qat_data(self):
+        return [({"image": torch.zeros(1, 3, 3)}, 0)]
+"""
+
+
+def test_training_data_of_another_shape_are_refused_by_a_check(tmp_path):
+    (tmp_path / "odd_data.py").write_text(ODD)
+    odd = Recipe(name="r", workload={"class_path": "odd_data:Odd"}, train={}, variants=["baseline-fp32"])
+    with pytest.raises(WorkloadError, match=r"Odd\.qat_data\(\)\[0\] gives 'image' as .*\[1, 3, 3\]"):
+        check_recipe(odd, tmp_path / "r.yaml", [])
+
+
+CLASSIFIER = """
+name: reader
+extends: mobilenet_v3
+workload:
+  class_path: jetway.tasks.workloads.mobilenet_v3:CropClassifier
+  options: {size: 32, variant: small, width: 0.5, round_to: 16, scenes: [4, 4, 4]}
+"""
+CASCADE = """
+name: mine
+extends: detector
+variants: [baseline-fp32, pruned-int8-qat]
+gates: []
+cascade: {classifier: reader}
+workload:
+  class_path: jetway.tasks.workloads.detector:SceneDetector
+  options: {size: 64, widths: [16, 32, 32], neck: 32, scenes: [4, 4, 4]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("prune: {ignored_layers: [sixth]}", r"prune\.ignored_layers.*sixth"),
+        ("qat: {calibration: smoothquant}", "smoothquant finds nothing"),
+        ("qat: {calibration_set: night}", "has no 'night'"),
+    ],
+    ids=["pruning", "smoothing", "calibration set"],
+)
+def test_a_classifier_that_cannot_be_is_refused_before_the_detector_is_trained(change, message, tmp_path):
+    (tmp_path / "mine.yaml").write_text(CASCADE)
+    (tmp_path / "reader.yaml").write_text(CLASSIFIER)
+    recipe, path = load_recipe(str(tmp_path / "mine.yaml"))
+    check_without_targets(recipe, path)
+    (tmp_path / "reader.yaml").write_text(f"{CLASSIFIER}{change}\n")
+    with pytest.raises(ConfigError, match=rf"cascade\.classifier reader: .*{message}"):
+        check_without_targets(recipe, path)
 
 
 def info(**changes):

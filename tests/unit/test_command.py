@@ -57,6 +57,7 @@ def test_the_process_runs_its_exit_handlers_and_flushes_before_it_ends() -> None
         (["nightly", "digits", "--promote", "always"], 2, "invalid choice: 'always'"),
         (["nightly", "digits", "--budget-minutes", "0"], 2, "no number of minutes"),
         (["nightly", "digits", "no-such-recipe"], 2, "no-such-recipe"),
+        (["nightly", "digits", "digits"], 2, "both the recipe 'digits'"),
         (["nightly", "digits", "--target", "no-such-target"], 2, "no-such-target"),
         (["promote", "no-such-run"], 6, "no run 'no-such-run'"),
     ],

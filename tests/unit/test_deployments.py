@@ -5,10 +5,15 @@ from importlib import import_module
 import pytest
 import yaml
 from conftest import ROOT
-from prefect.automations import Automation
+from prefect.server.events.schemas.automations import Automation
+from prefect.server.events.schemas.events import RelatedResource, Resource
 from prefect.utilities.callables import parameter_schema
 
 PROJECT = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+AUTOMATIONS = {
+    automation["name"]: automation
+    for automation in yaml.safe_load((ROOT / "configs/automations.yaml").read_text())["automations"]
+}
 DEPLOYMENTS = {deployment["name"]: deployment for deployment in PROJECT["deployments"]}
 
 
@@ -34,11 +39,19 @@ def test_the_form_says_what_each_parameter_is_and_takes_the_deployments_own(name
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
-def test_a_zombie_is_called_crashed_within_two_minutes(name):
-    (automation,) = yaml.safe_load((ROOT / "configs/automations.yaml").read_text())["automations"]
-    trigger = Automation.model_validate(automation).trigger
+@pytest.mark.parametrize("automation", AUTOMATIONS)
+def test_a_zombie_is_called_crashed_within_two_minutes(automation, name):
+    trigger = Automation.model_validate(AUTOMATIONS[automation]).trigger
     heartbeat_s = int(
         DEPLOYMENTS[name]["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]
     )
     assert 2 * heartbeat_s <= trigger.within.total_seconds() <= 100
-    assert f"prefect.tag.{DEPLOYMENTS[name]['tags'][0]}" in trigger.match_related["prefect.resource.id"]
+    deployed = [
+        {
+            "prefect.resource.role": "tag",
+            "prefect.resource.id": f"prefect.tag.{DEPLOYMENTS[name]['tags'][0]}",
+        },
+        {"prefect.resource.role": "deployment", "prefect.resource.id": "prefect.deployment.any"},
+    ]
+    flow_run = {"prefect.resource.id": "prefect.flow-run.any"}
+    assert trigger.covers_resources(Resource(flow_run), [RelatedResource(one) for one in deployed])

@@ -1,18 +1,24 @@
 """What a fallback gained, and how the ladder reads."""
 
+from types import SimpleNamespace
+
 import pytest
 import yaml
+from doubles.finished_run import make_run, store_run
+from doubles.mute_tracker import MuteTracker
 
 from jetway.configs.load import fallback_recipes, load_recipe
 from jetway.configs.schema import Gate, PlanBConfig, Recipe, Target
-from jetway.flows.plan_b import why_not, with_ladder
-from jetway.flows.record import RunResult
+from jetway.flows.plan_b import record_ladder, why_not, with_ladder
+from jetway.flows.record import RESULT_PATH, RunResult
 from jetway.tasks.errors import ConfigError
 from jetway.tasks.gates import evaluate_gates
 from jetway.tasks.ladder import Gain, Rung, RungStatus, gain_of, ladder_markdown
 from jetway.tasks.metrics import Metric
 from jetway.tasks.report.headline import run_headline
 from jetway.tasks.results import TargetOutcome, TargetStatus, Validity, VariantResult
+from jetway.tasks.store import Store
+from jetway.tasks.tracking.tracker import Tracker
 
 GATE = Gate.model_validate("pruned-fp32: latency_ms_p50 <= 5")
 
@@ -160,3 +166,22 @@ def test_a_bad_fallback_is_refused_with_the_recipe(plan_b, fragments, tmp_path):
         load_recipe(str(path))
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_ladder_is_recorded_also_where_mlflow_answers_nothing(away):
+    """Without its answer the description stays as it was: what it says is not known."""
+    tracker, fresh = MuteTracker(), Tracker()
+    made = make_run(variants=("baseline-fp32",), gates=())
+    run_id = store_run(made, load_recipe("digits")[0], tracker, Store())
+    tracker.describe(run_id, "The table.")
+    tracker.away = away
+    rung = Rung(name="prune-more", overrides={}, status=RungStatus.FAILED, error="as asked")
+    result = RunResult(run_id=run_id, exit_code=1, rows=tuple(made.rows), task_metrics=tuple(made.metrics))
+    record_ladder(SimpleNamespace(tracker=tracker, run_id=run_id), with_ladder(result, [rung]))
+    assert [one["name"] for one in fresh.load_json(run_id, RESULT_PATH)["ladder"]] == ["prune-more"]
+    tags = fresh.run(run_id).tags
+    assert tags["plan_b"] == "none passed"
+    assert tags["mlflow.note.content"].startswith("The table.")
+    assert fresh.has_file(run_id, "report.html") is not away
+    assert ("prune-more" in tags["mlflow.note.content"]) is not away

@@ -5,7 +5,16 @@ import pytest
 from jetway.tasks.artifacts import Engine
 from jetway.tasks.comparison import ComparedMetric, ComparedRow
 from jetway.tasks.metrics import Metric
-from jetway.tasks.nightly import NightResult, NightRow, Policy, may_be_promoted, night_figures, night_markdown
+from jetway.tasks.nightly import (
+    NightResult,
+    NightRow,
+    Policy,
+    may_be_promoted,
+    night_figures,
+    night_markdown,
+    to_promote,
+    why_not_promoted,
+)
 from jetway.tasks.passport_changes import passport_changes
 from jetway.tasks.results import GateVerdict, Validity, VariantResult, Verdict
 from jetway.tasks.tracking.registry import Champion
@@ -87,7 +96,7 @@ def test_message_lists_what_is_not_well_the_worst_first():
 @pytest.mark.parametrize(
     ("row", "never", "on_improvement", "by_hand"),
     [
-        (night_row(champion=None), False, True, True),
+        (night_row(champion=None), False, True, False),
         (night_row(champion=None, valid=False), False, False, False),
         (night_row(champion=None, gate=Verdict.FAIL), False, False, False),
         (night_row(SAME, IMPROVED), False, True, False),
@@ -102,6 +111,36 @@ def test_policy_promotes_what_is_sound_and_better(row, never, on_improvement, by
         may_be_promoted(row, policy) for policy in (Policy.NEVER, Policy.ON_IMPROVEMENT, Policy.BY_HAND)
     ]
     assert promoted == [never, on_improvement, by_hand]
+
+
+def board(name, row):
+    """The row on another board of the class."""
+    return row.model_copy(update={"target": name})
+
+
+def test_boards_of_a_class_share_what_is_promoted():
+    new, improved = night_row(champion=None), night_row(IMPROVED)
+    rows = [board("a", new), board("b", new), board("a", improved.model_copy(update={"recipe": "other"}))]
+    assert to_promote(rows, Policy.ON_IMPROVEMENT) == [rows[0], rows[2]]
+    told = [rows[0].model_copy(update={"promoted": CHAMPION}), *rows[1:]]
+    assert why_not_promoted(told[1], told, Policy.ON_IMPROVEMENT) == (
+        "not promoted: digits on a was, and the class orin has one champion"
+    )
+    assert why_not_promoted(told[2], told, Policy.ON_IMPROVEMENT) == ""
+
+
+@pytest.mark.parametrize(
+    "other", [night_row(REGRESSED), night_row(UNKNOWN), night_row(SAME, gate=Verdict.FAIL), failed()]
+)
+def test_nothing_is_promoted_where_another_board_of_the_class_did_not_pass(other):
+    other = board("b", other).model_copy(update={"recipe": "digits", "target_class": "orin"})
+    rows = [board("a", night_row(IMPROVED)), other, board("c", night_row(SAME))]
+    assert to_promote(rows, Policy.ON_IMPROVEMENT) == []
+    assert to_promote([rows[0], rows[2]], Policy.ON_IMPROVEMENT) == [rows[0]]
+    told = [why_not_promoted(row, rows, Policy.ON_IMPROVEMENT) for row in rows]
+    assert told == [
+        f"not promoted: the class orin has one champion, and digits on b is {other.status}", "", ""
+    ]  # fmt: skip
 
 
 def test_times_of_an_invalid_session_are_no_part_of_the_history():

@@ -104,6 +104,25 @@ def test_train_qat_follows_a_teacher_only_with_distillation(ctx):
         train_qat(ctx, start, taught_config, None)
 
 
+def test_train_qat_trains_on_the_qat_data_alone(ctx, monkeypatch):
+    def train_data():
+        raise AssertionError("QAT has data of its own")
+
+    start = quantize_ptq(ctx, checkpoint_of(ctx), QatConfig()).handle
+    drawn = []
+
+    class Watched(list):
+        def __getitem__(self, index):
+            drawn.append(index)
+            return super().__getitem__(index)
+
+    data = Watched(ctx.workload.train_data()[:32])
+    monkeypatch.setattr(ctx.workload, "train_data", train_data)
+    monkeypatch.setattr(ctx.workload, "qat_data", lambda: data)
+    train_qat(ctx, start, QatConfig(epochs=1, batch_size=8), None)
+    assert sorted(drawn) == list(range(32))
+
+
 def test_frozen_batchnorm_keeps_its_statistics_and_trains_its_scale(ctx):
     start = quantize_ptq(ctx, checkpoint_of(ctx), QatConfig()).handle
     before = load_quantized_network(ctx.workload, start, ctx.store)[1]

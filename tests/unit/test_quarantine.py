@@ -1,14 +1,19 @@
 """Quarantine, from the validity of a target's newest sessions in MLflow."""
 
+import time
+from statistics import median
+
 import pytest
 import yaml
+from doubles.many_runs import add_runs
 
 from jetway.configs.schema import Target
 from jetway.flows.__main__ import main
 from jetway.tasks.errors import MeasurementError
-from jetway.tasks.quarantine import clear, why_quarantined, without_quarantined
+from jetway.tasks.quarantine import clear, newest_sessions, why_quarantined, without_quarantined
 from jetway.tasks.tracking.tracker import Tracker
 
+RUNS, LOOK_UP_LIMIT_S = 10_000, 0.2
 BOARD, GOOD = Target(name="board"), Target(name="good")
 
 
@@ -81,3 +86,32 @@ def test_the_command_lists_and_clears(tracker, tmp_path, monkeypatch, capsys):
     assert main(["quarantine", "--clear", "board"]) == 0
     assert main(["quarantine"]) == 0
     assert "None of board, good is in quarantine." in capsys.readouterr().out
+
+
+def add_sessions(tracker, tmp_path, runs, variants, **figures):
+    """Sessions of so many variants each on the board, all INVALID, past MLflow."""
+    parent = tracker.start_run("tiny")
+    experiment_id = tracker._mlflow.client.get_run(parent).info.experiment_id
+    tags = {"jetway.kind": "variant", "target": BOARD.name, "validity": "INVALID"}
+    sessions = [f"session {number // variants}" for number in range(runs)]
+    told = [{**tags, "mlflow.parentRunId": session} for session in sessions]
+    add_runs(tmp_path / "jetway-home" / "mlflow.db", experiment_id, told, **figures)
+
+
+def test_a_session_of_many_variants_is_one(tracker, tmp_path):
+    add_sessions(tracker, tmp_path, runs=140, variants=28)
+    sessions = newest_sessions(tracker, BOARD.name, 3)
+    assert [(one.run_id, len(one.children)) for one in sessions] == [(f"session {n}", 28) for n in (4, 3, 2)]
+    assert len(newest_sessions(tracker, BOARD.name, 10)) == 5
+
+
+@pytest.mark.serial
+def test_why_a_target_is_in_quarantine_among_ten_thousand_runs(tracker, tmp_path):
+    """Runs with as many params and metrics as those of the digits, by a tracker that has the database open."""
+    add_sessions(tracker, tmp_path, RUNS, variants=4, metrics=20, params=80)
+    taken_s = []
+    for _ in range(3):
+        started_s = time.perf_counter()
+        assert "newest 3 measurements are INVALID" in why_quarantined(tracker, BOARD)
+        taken_s.append(time.perf_counter() - started_s)
+    assert median(taken_s) <= LOOK_UP_LIMIT_S

@@ -1,10 +1,10 @@
 """Champions in MLflow's model registry, on sqlite."""
 
 import shutil
-import sqlite3
 import time
 
 import pytest
+from doubles.many_runs import add_runs
 
 from jetway.tasks.store import Store
 from jetway.tasks.tracking.registry import model_name
@@ -68,32 +68,14 @@ def test_models_of_several_classes_are_apart(tracker):
     assert tracker.champion(model_name("digits", "orin")) is None
 
 
-def add_runs(database, experiment_id, count):
-    """Rows of finished pipeline runs with a few figures and tags each, written past MLflow for the time it takes."""
-    ids = [f"{index:032x}" for index in range(count)]
-    with sqlite3.connect(database) as connection:
-        columns = "run_uuid, name, experiment_id, start_time, status, lifecycle_stage, artifact_uri, user_id"
-        connection.executemany(
-            f"INSERT INTO runs ({columns}) VALUES (?, ?, ?, ?, 'FINISHED', 'active', '/nowhere', '')",
-            [(run_id, f"digits {index}", experiment_id, index) for index, run_id in enumerate(ids)],
-        )
-        tags = {"jetway.kind": "pipeline", "recipe": "digits", "target": "loopback", "gate": "PASS"}
-        connection.executemany(
-            "INSERT INTO tags (key, value, run_uuid) VALUES (?, ?, ?)",
-            [(key, value, run_id) for run_id in ids for key, value in tags.items()],
-        )
-        connection.executemany(
-            "INSERT INTO latest_metrics (key, value, timestamp, step, is_nan, run_uuid) VALUES (?, 1.0, 0, 0, 0, ?)",
-            [(name, run_id) for run_id in ids for name in ("latency_ms_p50", "top1", "size_bytes")],
-        )
-
-
 @pytest.mark.serial
 def test_look_up_among_ten_thousand_runs(tracker, tmp_path):
     """The champion and the record of its run, by a tracker that has the database open."""
     parent, child = start_variant(tracker)
     tracker.promote(MODEL, child, "", {})
-    add_runs(tmp_path / "mlflow.db", tracker._mlflow.client.get_run(parent).info.experiment_id, RUNS)
+    tags = {"jetway.kind": "pipeline", "recipe": "digits", "target": "loopback", "gate": "PASS"}
+    experiment_id = tracker._mlflow.client.get_run(parent).info.experiment_id
+    add_runs(tmp_path / "mlflow.db", experiment_id, [tags] * RUNS)
     fresh = Tracker()
     assert len(fresh.pipeline_runs(limit=RUNS + 1)) == RUNS + 1
     started_s = time.perf_counter()

@@ -20,6 +20,7 @@ from jetway.tasks.report.points import Point, latency_points, size_points
 from jetway.tasks.report.run_page import report_html
 from jetway.tasks.report.scatter import draw_scatter
 from jetway.tasks.report.svg import Scale, linear_ticks, log_ticks, marker, tick_texts
+from jetway.tasks.report.tables import SHOWN_SCENES, calibration_table
 from jetway.tasks.report.words import factor, factor_span, listed, number
 
 LOSS = Metric(name="loss", higher_is_better=False)
@@ -54,6 +55,16 @@ def test_the_page_tells_the_whole_run(page, run):
     assert [tag for tag, _ in page.tags].count("h1") == 1
 
 
+def test_a_calibration_set_is_told_by_scene(page, run):
+    (found,) = run.calibration
+    assert f"Set night: 130 samples, sha256 {found.sha256[:16]}" in page.text
+    assert "in the evaluation data alone: fog" in page.text
+    many = {f"scene {index}": 20 - index for index in range(SHOWN_SCENES + 3)}
+    table = calibration_table(dataclasses.replace(found, scenes=many, only_in_evaluation=()))
+    assert [cell.value for cell in table.rows[0]] == ["scene 0", "20"]
+    assert [cell.value for cell in table.rows[-1]] == ["3 rarer scenes", "21"]
+
+
 def test_the_page_asks_for_nothing_and_runs_nothing(page):
     loading = {"script", "img", "link", "iframe", "object", "embed", "video", "audio", "base", "form"}
     assert not loading & {tag for tag, _ in page.tags}
@@ -84,6 +95,10 @@ def test_hostile_names_are_words():
         settings={HOSTILE: HOSTILE},
         environment={"cpu": HOSTILE, "packages": {HOSTILE: HOSTILE}},
         lineage=[dataclasses.replace(one, engine_version=HOSTILE) for one in made.lineage],
+        calibration=[
+            dataclasses.replace(one, name=HOSTILE, scenes={HOSTILE: 1}, only_in_evaluation=[HOSTILE])
+            for one in made.calibration
+        ],
     )
     html = report_html(hostile)
     page = Page(html)
@@ -136,6 +151,11 @@ def test_points_carry_the_intervals_that_are_known(run):
     assert size_points(rows, TOP1, VARIANTS)[1].cost == pytest.approx(rows[1].value("size_bytes") / 1e6)
 
 
+def test_no_interval_of_a_score_goes_beyond_the_best(run):
+    share = Metric(name="top1", best=0.98)
+    assert latency_points(run.rows[:2], share, VARIANTS)[1].score_interval == pytest.approx((0.975, 0.98))
+
+
 def test_points_of_a_metric_to_be_low(run):
     rows = [
         row.model_copy(
@@ -147,6 +167,8 @@ def test_points_of_a_metric_to_be_low(run):
         for i, row in enumerate(run.rows[:2])
     ]
     assert latency_points(rows, LOSS, VARIANTS)[1].score_interval == pytest.approx((0.45, 0.6))
+    bounded = LOSS.model_copy(update={"best": 0.5})
+    assert latency_points(rows, bounded, VARIANTS)[1].score_interval == pytest.approx((0.5, 0.6))
 
 
 def test_intervals_are_drawn_to_scale():
@@ -241,7 +263,7 @@ def test_nothing_to_deploy_where_every_variant_failed():
     run = make_run(gates=["*: size_ratio <= 0.01"])
     assert target_headline(run.rows, run.metrics).sentence.startswith("Nothing to deploy here")
     assert run_headline(run.rows) == run_headline(run.rows[::-1])
-    assert run_headline(run.rows).sentence == "5 gates of 5 failed"
+    assert run_headline(run.rows).sentence == "5 gates of 5 failed: *: size_ratio <= 0.01"
 
 
 def test_the_verdict_of_a_run_that_passed():
@@ -254,7 +276,8 @@ def test_the_verdict_of_a_run_that_passed():
 
 def test_a_gate_that_the_evidence_does_not_decide():
     run = make_run(gates=["pruned-fp32: top1_drop <= 0.004"])
-    assert run_headline(run.rows).sentence == "No verdict: the evidence does not decide 1 gate of 1"
+    said = "No verdict: the evidence does not decide 1 gate of 1: pruned-fp32: top1_drop <= 0.004"
+    assert run_headline(run.rows).sentence == said
 
 
 def test_histograms_count_every_query():

@@ -170,6 +170,17 @@ def test_tracker_finds_runs_by_prefix_name_and_latest(tracker: Tracker) -> None:
         tracker.find_run("")
 
 
+def test_tracker_finds_a_whole_run_by_its_id_and_no_part_of_one(tracker: Tracker) -> None:
+    run_id = tracker.start_run("digits")
+    fallback = tracker.start_child(run_id, "smaller", kind="fallback")
+    variant = tracker.start_child(fallback, "pruned-fp32 on bench")
+    assert [tracker.find_run(one).run_id for one in (run_id, fallback)] == [run_id, fallback]
+    with pytest.raises(TrackingError, match=f"is a variant of run {fallback[:8]}, pruned-fp32 on bench"):
+        tracker.find_run(variant)
+    with pytest.raises(TrackingError, match="no run '0000"):
+        tracker.find_run("0" * 32)
+
+
 def test_tracker_errors_say_where_and_what_next(tracker: Tracker) -> None:
     run_id = tracker.start_run("digits")
     with pytest.raises(TrackingError, match=r"could not read run 0000.*MLFLOW_TRACKING_URI") as caught:
@@ -406,6 +417,19 @@ def test_a_spool_of_a_dead_process_is_read_up_to_its_torn_end(home: Path, tmp_pa
     assert math.isnan(first.metrics[0].value)
     assert [second.run_id, *second.files] == ["2", "table.md"]
     assert not folder.exists()
+
+
+def test_spools_that_another_process_hands_over_meanwhile_are_passed_by(home: Path) -> None:
+    for number in range(3):
+        spool = Spool("http://mlflow")
+        spool.append(Write(run_id=str(number)))
+        assert spool._file is not None
+        spool._file.close()
+    found = left_spools()
+    first = next(found)
+    for folder in set((home / "spool").iterdir()) - {first.folder}:
+        shutil.rmtree(folder)
+    assert list(found) == []
 
 
 def test_a_spool_of_another_version_is_left_where_it_is(home: Path, caplog: pytest.LogCaptureFixture) -> None:

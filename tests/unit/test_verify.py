@@ -98,6 +98,7 @@ def test_verify_accepts_qdq_and_what_the_target_gets(ctx, quantized, int8_model,
     for model in (int8_model, lowered_model):
         output = verify_onnx(ctx, quantized, model, CONFIG, INT8)
         assert output.metrics["parity_excess"] < 1
+        assert 0 < output.metrics["parity_rms_error_ratio"] < 0.1
     assert ctx.store.load_json(output.handle)["lowered_for"] == "onnxruntime"
     assert lowered_model.metadata["integer_macs_ratio"] > 0.5
 
@@ -170,6 +171,13 @@ def test_compare_outputs_passes_over_a_share_of_outliers_unless_they_are_not_fin
     actual[0, 0] = np.nan
     limits = Limits(0.1, 0.0, None, outliers=0.002)
     assert compare_outputs("y", expected, actual, limits, with_argmax=False).excess == np.inf
+
+
+def test_compare_outputs_tells_the_error_of_all_values_against_how_much_they_vary():
+    assert compare([[0.0, 2.0, 0.0, 2.0]], [[0.5, 2.5, 0.5, 1.5]]).rms_error_ratio == pytest.approx(0.5)
+    assert compare([[0.0, 2.0]], [[0.0, 2.0]]).rms_error_ratio == 0
+    assert compare([[3.0, 3.0]], [[3.0, 3.5]]).rms_error_ratio == pytest.approx(0.5 / 2**0.5)
+    assert compare([[0.0, 2.0, np.inf]], [[1.0, 1.0, np.inf]]).rms_error_ratio == pytest.approx(1.0)
 
 
 def test_compare_outputs_accepts_no_error_where_none_is_allowed():
