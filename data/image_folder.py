@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -231,7 +231,10 @@ def _opened(path: Path, mode: str | None) -> Image.Image:
     try:
         image: Any = Image.open(path)
         image.load()
-    except (UnidentifiedImageError, OSError) as exc:
+    except (
+        OSError,
+        ImportError,
+    ) as exc:  # ultralytics' own Image.open imports decoders for what it does not know
         raise WorkloadError(f"{path} is no readable image: {exc}. Replace it, or take it out.") from exc
     converted: Image.Image = image.convert(mode) if mode else image
     return converted

