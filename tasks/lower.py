@@ -29,7 +29,7 @@ from jetway.tasks.stage import StageContext, run_stage
 logger = logging.getLogger("jetway")
 
 #: Raised when a pass gives another graph for the same input.
-REVISION = 5
+REVISION = 6
 UNCHANGED = (Precision.FP32, Precision.INT8_CALIBRATED)
 
 

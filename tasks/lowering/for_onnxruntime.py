@@ -92,7 +92,8 @@ def lower_for_onnxruntime(
     """Lowers an exported int8 graph. ``feeds`` are calibration inputs by name, each with its batch dimension.
 
     ``trained`` says that the network was trained with its quantizers. It has then come to rely on what they cut off
-    and on what their steps round away. Of values that cannot be negative, uint8 can keep one of the two at no cost: it
+    and on what their steps round away. Layers in float cut their inputs off too, where the calibration data reach
+    beyond. Of values that cannot be negative, uint8 can keep one of the two at no cost: it
     ends where the quantizer does, with steps half as large, if the calibration data reach beyond, and keeps the steps
     if they do not. Else, the steps are always half as large.
     The given graph is used up. Raises ExportError when its Q/DQ are not those of Jetway's export.
@@ -104,9 +105,13 @@ def lower_for_onnxruntime(
     costs = [unit_costs(unit, shapes, quantized=unit.node.output[0] in form.quantized) for unit in units]
     integer = choose_integer(form.graph, units, shapes, costs)
     plan = _Plan(form.graph, units, integer, shapes)
-    observed = observe_ranges(form.graph, _to_observe(form, plan, trained=trained), feeds, threads=threads)
+    in_float = _quantized_in_training(form, plan) if trained else []
+    observed = observe_ranges(
+        form.graph, [*_to_observe(form, plan, trained=trained), *in_float], feeds, threads=threads
+    )
     affine = _affine(form, plan, observed, trained=trained)
-    _Emitter(plan, affine).rewrite()
+    cut_off = {name: form.ranges[name] for name in in_float if _is_cut_off(form, name, observed[name])}
+    _Emitter(plan, affine, cut_off).rewrite()
     return Lowered(form.graph, _islands(units, integer, costs), _integer_ratio(units, integer))
 
 
@@ -169,6 +174,20 @@ def _to_observe(form: FloatForm, plan: _Plan, *, trained: bool) -> list[str]:
     return [name for name in plan.quantized if name not in form.ranges or name in positive]
 
 
+def _quantized_in_training(form: FloatForm, plan: _Plan) -> list[str]:
+    """Inputs that layers in float get from layers in float, and that had a quantizer."""
+    names = {
+        unit.inputs[0]
+        for unit, integer in zip(plan.units, plan.integer, strict=True)
+        if not integer and unit.node.output[0] in form.quantized and unit.inputs[0] in form.ranges
+    }
+    return sorted(names - plan.dequantized)
+
+
+def _is_cut_off(form: FloatForm, name: str, observed: tuple[float, float]) -> bool:
+    return max(-observed[0], observed[1]) > form.ranges[name] * (1 + _SLIGHTLY_BEYOND)
+
+
 def _affine(
     form: FloatForm, plan: _Plan, observed: dict[str, tuple[float, float]], *, trained: bool
 ) -> dict[str, Affine]:
@@ -183,7 +202,7 @@ def _affine(
             continue
         upper = form.ranges[name] if name in form.ranges else observed[name][1]
         limit = unit.limits.upper if unit is not None and unit.limits is not None else None
-        cut_off = name in observed and observed[name][1] > upper * (1 + _SLIGHTLY_BEYOND)
+        cut_off = name in form.ranges and name in observed and _is_cut_off(form, name, observed[name])
         if name in positive and name in form.ranges and trained and limit is None and not cut_off:
             affine[name] = steps_of_int8(upper)
         elif name in positive:
@@ -217,8 +236,8 @@ class _Bias:
 class _Emitter:
     """Writes the nodes of the lowered graph in order."""
 
-    def __init__(self, plan: _Plan, affine: dict[str, Affine]) -> None:
-        self._plan, self._affine = plan, affine
+    def __init__(self, plan: _Plan, affine: dict[str, Affine], cut_off: dict[str, float]) -> None:
+        self._plan, self._affine, self._cut_off = plan, affine, cut_off
         self._graph = plan.graph
         self._nodes: list[NodeProto] = []
         self._parameters: dict[str, list[str]] = {}
@@ -264,9 +283,23 @@ class _Emitter:
         if weight is not None:
             value = dequantize(self._graph, weight)
             unit.node.input[1] = self._graph.add_constant(f"{weight.input[0]}_float", value)
+            unit.node.input[0] = self._as_trained(unit.node.input[0])
         self._nodes += _activation(unit) if unit.output in self._added else self._guarded(unit)
         if unit.output in self._affine:
             self._quantize(unit.output, unit.output)
+
+    def _as_trained(self, name: str) -> str:
+        """What a layer in float reads instead, if its quantizer cut something off in training."""
+        if name not in self._cut_off:
+            return name
+        output, upper = f"{name}_cut_off", self._cut_off[name]
+        if not any(node.output[0] == output for node in self._nodes):
+            limits = [
+                self._graph.add_constant(f"{output}_{side}", np.array(limit, dtype=np.float32))
+                for side, limit in (("below", -upper), ("above", upper))
+            ]
+            self._nodes.append(helper.make_node("Clip", [name, *limits], [output], name=output))
+        return output
 
     def _is_float_product(self, unit: Unit) -> bool:
         """Whether a MatMul of integers by a matrix of weights is to give float."""

@@ -316,6 +316,16 @@ def test_lower_cuts_off_what_the_quantizers_of_a_trained_network_cut_off() -> No
     assert relative_error(graph, trained.graph) <= 0.05
 
 
+def test_layers_in_float_cut_off_too_what_a_network_was_trained_without() -> None:
+    b = QdqBuilder(4, 8)
+    t = b.relu(b.convolution("x", 4, 4))
+    graph = b.graph(b.convolution(b.relu(b.convolution(t, 4, 4, magnitude=0.3)), 4, 4, magnitude=4.0))
+    lowered = lower_for_onnxruntime(deepcopy(graph), feeds(graph, 32), trained=True)
+    assert len(lowered.islands) == 3
+    assert relative_error(graph, lowered.graph) <= 0.15
+    assert relative_error(graph, lower(graph).graph) > 0.5
+
+
 @pytest.mark.parametrize("biased", [True, False])
 def test_lower_computes_linear_layers_of_tokens_in_integers(biased: bool, tmp_path: Path) -> None:
     b = QdqBuilder(96, 12)
