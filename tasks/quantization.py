@@ -12,6 +12,7 @@ in its metadata the record: ``{"schema_version": 1, "quantizers": {"conv1.weight
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import logging
@@ -169,6 +170,14 @@ def load_variant(workload: Workload, checkpoint: Checkpoint, precision: Precisio
     """The network of a checkpoint, fake-quantized for an int8 precision."""
     load = load_quantized_network if precision.has_quantizers else load_network
     return load(workload, checkpoint, store)
+
+
+def without_quantizers(network: nn.Module) -> nn.Module:
+    """A copy that computes in float."""
+    floating = copy.deepcopy(network)
+    for _, quantizer in _quantizers(floating):
+        quantizer.disable()
+    return floating
 
 
 def _modelopt() -> Any:

@@ -1,14 +1,15 @@
 """Verify: ONNX Runtime's outputs against PyTorch's, on fixed evaluation inputs.
 
-An int8 model is held against the fake-quantized network that it was exported from. The flow verifies the
-lowered model: one for ONNX Runtime's CPU kernels with all graph optimization, which is what the target runs, any
-other without, for what its Q/DQ and casts mean. ONNX Runtime has no bfloat16 kernels for a CPU, so a bf16 model is
-run in float32 with every result rounded to bfloat16.
+An int8 model is held against the fake-quantized network that it was exported from. What PTQ only cuts off and rounds,
+layers that stay in float give whole, so that outputs may lie anywhere from there to those without quantizers. The
+flow verifies the lowered model: one for ONNX Runtime's CPU kernels with all graph optimization, which is what the
+target runs, any other without, for what its Q/DQ and casts mean. ONNX Runtime has no bfloat16 kernels for a CPU, so a
+bf16 model is run in float32 with every result rounded to bfloat16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -25,7 +26,7 @@ from jetway.tasks.artifacts import Checkpoint, OnnxModel, StageOutput
 from jetway.tasks.errors import ExportError, ParityError
 from jetway.tasks.lowering.float_types import emulate_bf16
 from jetway.tasks.onnx_graph import Array, Graph
-from jetway.tasks.quantization import load_variant
+from jetway.tasks.quantization import load_variant, without_quantizers
 from jetway.tasks.stage import StageContext, run_stage
 from jetway.tasks.workload import Inputs, Workload, call_network
 
@@ -84,14 +85,28 @@ def verify_onnx(
     """
     network = load_variant(context.workload, checkpoint, precision, context.store)
     session = _session(context.store.open(model), model, precision, context.threads)
-    expected, actual = _both_outputs(context.workload, network, session, model, config.samples)
+    is_partly_float = precision is Precision.INT8_PTQ and bool(model.metadata.get("float_islands"))
+    networks = [network, without_quantizers(network)] if is_partly_float else [network]
+    expected, actual = _all_outputs(context.workload, networks, session, model, config.samples)
     limits = Limits.of(config, precision)
     comparisons = [
-        compare_outputs(name, expected[name], actual[name], limits, with_argmax=index == 0)
+        compare_outputs(
+            name,
+            nearest(actual[name], [outputs[name] for outputs in expected]),
+            actual[name],
+            limits,
+            with_argmax=index == 0,
+        )
         for index, name in enumerate(context.workload.output_names)
     ]
     _check(comparisons, limits, model, precision)
     return _report(context, checkpoint, model, comparisons, limits)
+
+
+def nearest(values: Array, references: Sequence[Array]) -> Array:
+    """What lies between the references, and nearest to the values; the first one for what is not finite."""
+    low, high = np.minimum.reduce(references), np.maximum.reduce(references)
+    return np.where(np.isfinite(values), np.clip(values, low, high), references[0])
 
 
 def compare_outputs(
@@ -188,20 +203,22 @@ def _runnable(path: Path, precision: Precision) -> str | bytes:
     return emulated
 
 
-def _both_outputs(
-    workload: Workload, network: torch.nn.Module, session: Any, model: OnnxModel, samples: int
-) -> tuple[Outputs, Outputs]:
+def _all_outputs(
+    workload: Workload, networks: Sequence[torch.nn.Module], session: Any, model: OnnxModel, samples: int
+) -> tuple[list[Outputs], Outputs]:
+    """Those of each network, and those of ONNX Runtime."""
     taken = [value.name for value in session.get_inputs()]
-    expected: list[Outputs] = []
+    expected: list[list[Outputs]] = [[] for _ in networks]
     actual: list[Outputs] = []
+    names = list(workload.output_names)
     for inputs in _input_batches(workload, samples, dynamic=bool(model.metadata.get("dynamic_batch"))):
-        with torch.no_grad():
-            outputs = call_network(network, inputs, workload.output_names)
-        expected.append({name: tensor.numpy() for name, tensor in outputs.items()})
+        for network, found in zip(networks, expected, strict=True):
+            with torch.no_grad():
+                outputs = call_network(network, inputs, names)
+            found.append({name: tensor.numpy() for name, tensor in outputs.items()})
         arrays = {name: inputs[name].numpy() for name in taken}
-        names = list(workload.output_names)
         actual.append(dict(zip(names, session.run(names, arrays), strict=True)))
-    return _joined(expected), _joined(actual)
+    return [_joined(found) for found in expected], _joined(actual)
 
 
 def _input_batches(workload: Workload, samples: int, *, dynamic: bool) -> Iterator[Inputs]:

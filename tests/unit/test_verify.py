@@ -22,7 +22,7 @@ from jetway.tasks.errors import ExportError, ParityError, QuantizationError
 from jetway.tasks.export import export_onnx
 from jetway.tasks.lower import lower_onnx
 from jetway.tasks.qat import quantize_ptq
-from jetway.tasks.verify import Limits, argmax_agreement, compare_outputs, verify_onnx
+from jetway.tasks.verify import Limits, argmax_agreement, compare_outputs, nearest, verify_onnx
 from jetway.tasks.workloads.digits import DigitsClassifier
 
 WORKLOAD = DigitsClassifier(size=16, widths=(32, 64, 64), blocks=1)
@@ -183,6 +183,28 @@ def test_compare_outputs_tells_the_error_of_all_values_against_how_much_they_var
 def test_compare_outputs_accepts_no_error_where_none_is_allowed():
     assert compare([[0.0, 0.0]], [[0.0, 0.0]]).excess == 0
     assert compare([[0.0, 0.0]], [[0.0, 1e-9]]).excess > 1
+
+
+def test_what_ptq_would_only_make_worse_is_no_disagreement(ctx, floating):
+    """Quantizers that cut off most of it; layers that stay in float do not."""
+    section = QatConfig(calibration_samples=32, calibration="percentile", percentile=95)
+    cut_off = quantize_ptq(ctx, floating, section).handle
+    model = lowered(ctx, export_onnx(ctx, cut_off, ExportConfig(), INT8).handle, INT8)
+    assert model.metadata["float_islands"]
+    report = ctx.store.load_json(verify_onnx(ctx, cut_off, model, CONFIG, INT8).handle)
+    trained = model.model_copy(update={"metadata": {**model.metadata, "float_islands": []}})
+    strict = VerifyConfig(samples=24, int8_atol=report["outputs"][0]["excess"] * CONFIG.int8_atol + 0.01)
+    with pytest.raises(ParityError):
+        verify_onnx(ctx, cut_off, trained, strict, INT8)
+    with pytest.raises(ParityError):
+        verify_onnx(ctx, cut_off, altered(ctx, model), CONFIG, INT8)
+
+
+def test_nearest_lies_between_the_references():
+    values = np.array([0.0, 1.5, 9.0, np.nan, np.inf])
+    low, high = np.full(5, 1.0), np.full(5, 2.0)
+    assert nearest(values, [high, low]).tolist() == [1.0, 1.5, 2.0, 2.0, 2.0]
+    assert nearest(values, [low]).tolist() == [1.0] * 5
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((8, 5), -1), ((2, 6, 5), -1), ((2, 5, 3, 3), 1)])
