@@ -203,7 +203,8 @@ class Dependencies(tp.DependencyGraph):  # type: ignore[misc]
             width(node) or 0 for node in nodes for width in (self.get_out_channels, self.get_in_channels)
         ]
         outputs = [prod(node.module.shape[1:]) for node in nodes if node.type == OPTYPE.OUTPUT]
-        return max([*widths, *outputs])
+        most: int = max([*widths, *outputs])
+        return most
 
     def _map_joins(self) -> None:
         """Torch-Pruning infers the sizes of what is joined from layers around it, which it cannot of parts."""
@@ -264,7 +265,7 @@ class _Places(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = {**dict(enumerate(args)), **(kwargs or {})}
+        given: dict[Any, Any] = {**dict(enumerate(args)), **(kwargs or {})}
         result = func(*args, **(kwargs or {}))
         if func in _SPLITS and _are_channels(result[0], given.get("dim", given.get(2, 0))):
             return self._sliced(next(iter(given.values())), result)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from jetway.configs.schema import Importance, PruneConfig
-from jetway.tasks.channels import Candidate, find_candidates, make_importance, trace_dependencies
+from jetway.tasks.channels import Candidate, find_candidates, make_importance
+from jetway.tasks.dependencies import trace_dependencies
 from jetway.tasks.errors import PruningError
 from jetway.tasks.stage import StageContext
 from jetway.tasks.training import to_device, users_code

@@ -13,8 +13,8 @@ from jetway.tasks.channels import (
     find_candidates,
     make_importance,
     plan_cuts,
-    trace_dependencies,
 )
+from jetway.tasks.dependencies import trace_dependencies
 from jetway.tasks.errors import PruningError
 
 

@@ -22,9 +22,9 @@ from jetway.tasks.channels import (
     find_candidates,
     make_importance,
     plan_cuts,
-    trace_dependencies,
 )
 from jetway.tasks.checkpoint import checkpoint_record, load_network, save_checkpoint
+from jetway.tasks.dependencies import trace_dependencies
 from jetway.tasks.errors import ConfigError, PruningError
 from jetway.tasks.importance import average_squared_gradients
 from jetway.tasks.macs import total_macs

@@ -6,8 +6,9 @@ from torch import nn
 
 from jetway.configs.schema import FinetuneConfig, PruneConfig, QatConfig, SensitivityConfig, TrainConfig
 from jetway.tasks.allocation import Point, allocate
-from jetway.tasks.channels import find_candidates, make_importance, trace_dependencies
+from jetway.tasks.channels import find_candidates, make_importance
 from jetway.tasks.checkpoint import load_network, save_checkpoint
+from jetway.tasks.dependencies import trace_dependencies
 from jetway.tasks.errors import ConfigError, PruningError, QuantizationError, WorkloadError
 from jetway.tasks.load import load_baseline
 from jetway.tasks.macs import total_macs
