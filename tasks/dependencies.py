@@ -156,9 +156,9 @@ class Dependencies(tp.DependencyGraph):  # type: ignore[misc]
 
     def is_split(self, group: Any) -> bool:
         """Whether a cut of it moves what the places of parts are counted by."""
-        return bool(self.places.parts) and any(
-            item.dep.target.grad_fn in {**self.places.parts, **self.places.joins} for item in group
-        )
+        moved = {item.dep.target.grad_fn for item in group}
+        parts, joins = self.places.parts, self.places.joins
+        return bool(parts) and not (moved.isdisjoint(parts) and moved.isdisjoint(joins))
 
     def part_sizes(self, group: Any = ()) -> list[int]:
         """Channels of each part of what is split, less those that a cut of ``group`` takes from it."""
@@ -209,9 +209,8 @@ class Dependencies(tp.DependencyGraph):  # type: ignore[misc]
     def _map_joins(self) -> None:
         """Torch-Pruning infers the sizes of what is joined from layers around it, which it cannot of parts."""
         for node in self.module2node.values() if self.places.parts else ():
-            for index, (source, span) in enumerate(
-                zip(node.inputs, self.places.joins.get(node.grad_fn, ()), strict=False)
-            ):
+            spans = self.places.joins.get(node.grad_fn, ())
+            for index, (source, span) in enumerate(zip(node.inputs, spans, strict=False)):
                 nth = node.inputs[:index].count(source)
                 _nth(node, source, nth).index_mapping[1] = _ConcatIndexMapping(span, reverse=True)
                 _nth(source, node, nth).index_mapping[1] = _ConcatIndexMapping(span)
@@ -270,7 +269,9 @@ class _Places(TorchFunctionMode):
         if func in _SPLITS and _are_channels(result[0], given.get("dim", given.get(2, 0))):
             return self._sliced(next(iter(given.values())), result)
         if func in _JOINS and _are_channels(result, given.get("dim", given.get(1, 0))):
-            self.joins[result.grad_fn] = list(_spans(next(iter(given.values()))))
+            joined = next(iter(given.values()))
+            spans = zip(_spans(joined), joined, strict=True)
+            self.joins[result.grad_fn] = [span for span, part in spans if part.requires_grad]
         return result
 
     def _sliced(self, whole: Tensor, split: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -117,7 +117,20 @@ class UsedInTurn(C2f):
         return self.cv2(torch.cat([self.m(second), second, first], dim=1))
 
 
-@pytest.mark.parametrize("kind", [C2f, SplitByLength, UsedInTurn])
+class BesideConstants(C2f):
+    """What is joined begins with channels that no layer makes."""
+
+    def __init__(self, inputs, channels, outputs):
+        super().__init__(inputs, channels, outputs)
+        self.cv2 = nn.Conv2d(3 * channels + 2, outputs, 1)
+
+    def forward(self, image):
+        parts = self.parts(self.cv1(image).relu())
+        parts.append(parts[-1] + self.m(parts[-1]))
+        return self.cv2(torch.cat([torch.ones_like(image[:, :2]), *parts], 1))
+
+
+@pytest.mark.parametrize("kind", [C2f, SplitByLength, UsedInTurn, BesideConstants])
 def test_halves_of_a_split_lose_the_same_channels(kind):
     torch.manual_seed(0)
     network = kind(3, 16, 4)
