@@ -129,7 +129,7 @@ def find_candidates(
             group = _attention_from_its_end(graph, group, network)
             scores = importance(group)
         parts = graph.part_counts(group, len(scores)) if scores is not None else ()
-        count = max([1, *(blocks[name] for name in _blocked(graph, group, blocks)), *parts])
+        count = math.lcm(*(blocks[name] for name in _blocked(graph, group, blocks)), *parts)
         if scores is not None and len(scores) % count == 0:
             found.append(_candidate(graph, group, members, count, scores))
     if graph.unfollowed:

@@ -183,7 +183,7 @@ class Dependencies(tp.DependencyGraph):  # type: ignore[misc]
                 new = _unknown(_mapped(onward, arrived), known)
                 if new:
                     if max(new) >= (self._channels_at(onward) or most):
-                        raise UnfollowedError
+                        raise UnfollowedError("more channels than a layer has")
                     found.setdefault(place, (onward, {}))[1].update(new)
                     waiting.append((onward, list(new.values())))
         yield from found.values()
@@ -267,9 +267,9 @@ class _Places(TorchFunctionMode):
         given: dict[Any, Any] = {**dict(enumerate(args)), **(kwargs or {})}
         result = func(*args, **(kwargs or {}))
         if func in _SPLITS and _are_channels(result[0], given.get("dim", given.get(2, 0))):
-            return self._sliced(next(iter(given.values())), result)
+            return self._sliced(_first(given), result)
         if func in _JOINS and _are_channels(result, given.get("dim", given.get(1, 0))):
-            joined = next(iter(given.values()))
+            joined = _first(given)
             spans = zip(_spans(joined), joined, strict=True)
             self.joins[result.grad_fn] = [span for span, part in spans if part.requires_grad]
         return result
@@ -327,6 +327,11 @@ def _mapped(dependency: Any, channels: list[_HybridIndex]) -> list[_HybridIndex]
     for mapping in dependency.index_mapping:
         channels = mapping(channels) if mapping is not None else channels
     return channels
+
+
+def _first(given: dict[Any, Any]) -> Any:
+    """The first argument, whether by place or by one of PyTorch's names for it."""
+    return next(given[name] for name in (0, "tensor", "tensors", "input", "self") if name in given)
 
 
 def _are_channels(images: Tensor, axis: int) -> bool:

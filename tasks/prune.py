@@ -34,6 +34,7 @@ from jetway.tasks.checkpoint import (
     network_tensors,
     save_checkpoint,
 )
+from jetway.tasks.cut_proof import is_proven
 from jetway.tasks.depth import Round, prune_depth
 from jetway.tasks.errors import ConfigError, PruningError
 from jetway.tasks.importance import rank_candidates
@@ -253,14 +254,31 @@ class _Pruner:
         cuts = self._cuts(candidates, ratio * share, share, self.allocated)
         error = self._error_of(cuts)
         if error is None:
-            return candidates
+            return self._proven(candidates, cuts)
         errors = {cut.root: found for cut in cuts if (found := self._error_of([cut]))}
         if not errors or len(errors) == len(cuts):
             raise error
         for root, reason in errors.items():
             cause = str(reason).partition(". If ")[0]
             logger.warning("prune: %s and what shares channels with it stay whole: %s", root, cause)
-        return [candidate for candidate in candidates if candidate.root not in errors]
+        kept = [candidate for candidate in candidates if candidate.root not in errors]
+        return self._proven(kept, [cut for cut in cuts if cut.root not in errors])
+
+    def _proven(self, candidates: list[Candidate], cuts: list[Cut]) -> list[Candidate]:
+        """Those whose channels are where they are thought to be."""
+        names = self.workload.output_names
+        wrong = {
+            cut.root
+            for cut in cuts
+            if not (cut.attention or is_proven(self.network, self.inputs, names, cut))
+        }
+        if wrong:
+            logger.warning(
+                "prune: these layers, and what shares channels with them, stay whole, as joins, splits or views hide "
+                "which channel is which: %s",
+                ", ".join(sorted(wrong)),
+            )
+        return [candidate for candidate in candidates if candidate.root not in wrong]
 
     def _error_of(self, cuts: list[Cut]) -> PruningError | None:
         """What is wrong with the network after these cuts, on a copy."""
