@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch_pruning.ops import OPTYPE
 
 from jetway.tasks.channels import Cut, apply_cuts, checked_outputs
-from jetway.tasks.dependencies import Dependencies, trace_dependencies
+from jetway.tasks.dependencies import Dependencies, UnfollowedError
 from jetway.tasks.errors import PruningError
 from jetway.tasks.workload import Inputs
 
@@ -28,29 +28,30 @@ REARRANGING = (
     OPTYPE.UNBIND,
     OPTYPE.EXPAND,
 )
-#: Layers, beside convolutions without groups, for which it does not matter how many other channels there are.
-_APART = (nn.Linear, _BatchNorm, nn.PReLU)
+#: Layers for which it does not matter how many other channels there are.
+_APART = (_ConvNd, nn.Linear, _BatchNorm, nn.PReLU)
 #: Rounding alone, as a share of the largest output.
 _TOLERANCE = 1e-3
 
 
-def is_proven(network: nn.Module, inputs: Inputs, output_names: tuple[str, ...], cut: Cut) -> bool:
+def is_proven(
+    network: nn.Module, graph: Dependencies, inputs: Inputs, output_names: tuple[str, ...], cut: Cut
+) -> bool:
     """Whether the cut network answers noise as the whole one does whose layers read 0 for the channels that go.
 
-    True without a trial where channels keep their order all the way, and where layers look at all channels together,
-    such as a LayerNorm, which changes with their number.
+    ``graph`` is of the whole network. True without a trial where channels keep their order all the way, and where
+    layers look at all channels together, such as a LayerNorm, which changes with their number.
     """
-    unread, shorter = copy.deepcopy(network), copy.deepcopy(network)
-    graph = trace_dependencies(unread, inputs, output_names)
-    group = graph.get_pruning_group(unread.get_submodule(cut.root), cut.handler, cut.indices)
-    if not (_is_rearranged(group) and _can_be_proven(group)):
-        return True
-    _read_as_zero(graph, group)
-    noise = _noise_like(inputs)
     try:
+        group = graph.get_pruning_group(network.get_submodule(cut.root), cut.handler, cut.indices)
+        if not (_is_rearranged(group) and _can_be_proven(group)):
+            return True
+        unread, shorter = copy.deepcopy(network), copy.deepcopy(network)
+        _read_as_zero(unread, graph, group)
         apply_cuts(shorter, inputs, output_names, [cut])
+        noise = _noise_like(inputs)
         expected, found = (checked_outputs(each.eval(), noise, output_names) for each in (unread, shorter))
-    except PruningError:
+    except (PruningError, UnfollowedError):
         return False
     return all(_agree(expected[name], found[name]) for name in output_names)
 
@@ -62,22 +63,28 @@ def _is_rearranged(group: Any) -> bool:
 def _can_be_proven(group: Any) -> bool:
     modules = [item.dep.target.module for item in group]
     layers = [module for module in modules if isinstance(module, nn.Module) and [*module.parameters()]]
-    return all(isinstance(layer, _APART) or _is_plain(layer) for layer in layers)
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """A convolution without groups, or with one for each channel."""
-    return isinstance(layer, _ConvNd) and layer.groups in (1, layer.in_channels, layer.out_channels)
+    return all(isinstance(layer, _APART) for layer in layers)
 
 
 @torch.no_grad()
-def _read_as_zero(graph: Dependencies, group: Any) -> None:
+def _read_as_zero(network: nn.Module, graph: Dependencies, group: Any) -> None:
     for item in group:
         layer = item.dep.target.module
-        reads = graph.is_in_channel_pruning_fn(item.dep.handler)
-        if reads and isinstance(layer, (_ConvNd, nn.Linear)) and getattr(layer, "groups", 1) == 1:
-            axis = 0 if isinstance(layer, _ConvTransposeNd) else 1
-            layer.weight.index_fill_(axis, torch.tensor(item.idxs), 0.0)
+        if graph.is_in_channel_pruning_fn(item.dep.handler) and isinstance(layer, (_ConvNd, nn.Linear)):
+            _forget(network.get_submodule(graph._module2name[layer]), item.idxs)
+
+
+def _forget(layer: nn.Module, channels: list[int]) -> None:
+    """Sets to 0 what a layer multiplies these channels of its input by."""
+    assert isinstance(layer, (_ConvNd, nn.Linear))
+    weight = layer.weight
+    if isinstance(layer, _ConvTransposeNd):
+        weight[channels] = 0.0
+        return
+    read, made = weight.shape[1], weight.shape[0] // getattr(layer, "groups", 1)
+    for channel in channels:
+        block, place = divmod(channel, read)
+        weight[block * made : (block + 1) * made, place] = 0.0
 
 
 def _noise_like(inputs: Inputs) -> Inputs:

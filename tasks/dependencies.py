@@ -163,7 +163,8 @@ class Dependencies(tp.DependencyGraph):  # type: ignore[misc]
     def part_sizes(self, group: Any = ()) -> list[int]:
         """Channels of each part of what is split, less those that a cut of ``group`` takes from it."""
         lost = {item.dep.target.grad_fn: len(item.idxs) for item in group}
-        return [part.size - lost.get(node, 0) for node, part in self.places.parts.items()]
+        used = {node.grad_fn for node in self.module2node.values()}
+        return [part.size - lost.get(node, 0) for node, part in self.places.parts.items() if node in used]
 
     def _followed(self, root: Any, channels: _Channels) -> Iterator[tuple[Any, _Channels]]:
         """Each layer that is reached from the root, by the first dependency that led there, and its channels.
@@ -266,9 +267,10 @@ class _Places(TorchFunctionMode):
     ) -> Any:
         given: dict[Any, Any] = {**dict(enumerate(args)), **(kwargs or {})}
         result = func(*args, **(kwargs or {}))
-        if func in _SPLITS and _are_channels(result[0], given.get("dim", given.get(2, 0))):
+        axis = given.get("dim", given.get("axis"))
+        if func in _SPLITS and _are_channels(result[0], given.get(2, 0) if axis is None else axis):
             return self._sliced(_first(given), result)
-        if func in _JOINS and _are_channels(result, given.get("dim", given.get(1, 0))):
+        if func in _JOINS and _are_channels(result, given.get(1, 0) if axis is None else axis):
             joined = _first(given)
             spans = zip(_spans(joined), joined, strict=True)
             self.joins[result.grad_fn] = [span for span, part in spans if part.requires_grad]
@@ -339,7 +341,8 @@ def _are_channels(images: Tensor, axis: int) -> bool:
 
 
 def _spans(parts: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
-    return pairwise(accumulate((part.shape[1] for part in parts), initial=0))
+    """First channel of each part and the one behind its last; PyTorch passes over empty ones of one dimension."""
+    return pairwise(accumulate((part.shape[1] if part.dim() > 1 else 0 for part in parts), initial=0))
 
 
 def _nth(source: Node, target: Node, nth: int) -> Any:

@@ -35,6 +35,7 @@ from jetway.tasks.checkpoint import (
     save_checkpoint,
 )
 from jetway.tasks.cut_proof import is_proven
+from jetway.tasks.dependencies import trace_dependencies
 from jetway.tasks.depth import Round, prune_depth
 from jetway.tasks.errors import ConfigError, PruningError
 from jetway.tasks.importance import rank_candidates
@@ -267,10 +268,11 @@ class _Pruner:
     def _proven(self, candidates: list[Candidate], cuts: list[Cut]) -> list[Candidate]:
         """Those whose channels are where they are thought to be."""
         names = self.workload.output_names
+        graph = trace_dependencies(self.network, self.inputs, names)
         wrong = {
             cut.root
             for cut in cuts
-            if not (cut.attention or is_proven(self.network, self.inputs, names, cut))
+            if not (cut.attention or is_proven(self.network, graph, self.inputs, names, cut))
         }
         if wrong:
             logger.warning(

@@ -130,7 +130,14 @@ class BesideConstants(C2f):
         return self.cv2(torch.cat([torch.ones_like(image[:, :2]), *parts], 1))
 
 
-@pytest.mark.parametrize("kind", [C2f, SplitByLength, UsedInTurn, BesideConstants])
+class WithEmpty(C2f):
+    def forward(self, image):
+        parts = self.parts(self.cv1(image).relu())
+        parts.append(parts[-1] + self.m(parts[-1]))
+        return self.cv2(torch.cat([torch.empty(0), *parts], axis=1))
+
+
+@pytest.mark.parametrize("kind", [C2f, SplitByLength, UsedInTurn, BesideConstants, WithEmpty])
 def test_halves_of_a_split_lose_the_same_channels(kind):
     torch.manual_seed(0)
     network = kind(3, 16, 4)
@@ -169,6 +176,14 @@ class Shuffled(nn.Module):
 def test_a_cut_that_would_move_where_channels_are_split_is_refused():
     with pytest.raises(PruningError, match=r"Pruning '(stem|conv)' would move the places"):
         pruned_by_half(Shuffled())
+
+
+def test_a_part_that_is_not_used_hinders_nothing():
+    network = C2f(3, 16, 4)
+    network.cv2 = nn.Conv2d(16, 4, 1)
+    network.forward = lambda image: network.cv2(network.m(network.parts(network.cv1(image))[1]))
+    pruned_by_half(network)
+    assert (network.cv1.out_channels, network.m.in_channels) == (16, 8)
 
 
 def test_blocks_in_blocks_are_followed_in_time():

@@ -66,6 +66,14 @@ class CutInPart(Network):
         return self.last(torch.cat([features, self.inner(features)], 1)[:, :24])
 
 
+class GroupedPart(Network):
+    """Half of the channels passes a convolution of two groups: four blocks in all."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Conv2d(16, 16, 3, padding=1, groups=2)
+
+
 class Normalized(Network):
     """A norm over the channels changes with their number, which is no fault."""
 
@@ -86,7 +94,7 @@ def proofs(network):
     candidates = find_candidates(network, graph, make_importance(Importance.L2), frozenset())
     limits = Limits(round_to=1, max_pruning_ratio=0.9, initial={c.root: c.channels for c in candidates})
     cuts = plan_cuts(candidates, 0.5, {}, limits, ranked_globally=False)
-    return {cut.root: is_proven(network, INPUTS, ("output",), cut) for cut in cuts}
+    return {cut.root: is_proven(network, graph, INPUTS, ("output",), cut) for cut in cuts}
 
 
 @pytest.mark.parametrize("network", [Network(), Flattened(), Normalized()])
@@ -96,6 +104,6 @@ def test_a_right_cut_is_proven(network):
     assert all(found.values())
 
 
-@pytest.mark.parametrize("network", [ShuffledByViews(), BesideTheImage(), CutInPart()])
+@pytest.mark.parametrize("network", [ShuffledByViews(), BesideTheImage(), CutInPart(), GroupedPart()])
 def test_a_wrong_cut_is_found_out(network):
     assert not proofs(network)["first"]
