@@ -138,18 +138,18 @@ def _busy_message(accelerator: str, holder: Optional[Dict[str, Any]]) -> str:
     )
 
 
-def _open_shared(path: str) -> int:
+def _open_shared(path: str, flags: int = 0) -> int:
     """Opens a file that any user may have made.
 
     Creating is a step of its own: in a sticky folder the kernel refuses O_CREAT on another user's file.
     """
     while True:
         try:
-            return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            return os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags)
         except FileNotFoundError:
             pass
         try:
-            made = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+            made = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | flags, 0o666)
         except FileExistsError:
             continue
         os.fchmod(made, 0o666)
@@ -181,11 +181,10 @@ def _write_holder(lock: int, holder: Dict[str, Any]) -> None:
 
 def _log(path: str, event: str, job: str) -> None:
     record = {"event": event, "job": job, "pid": os.getpid(), "monotonic_s": time.monotonic(), "at": _now()}
-    log = _open_shared(path + ".log")
+    log = _open_shared(path + ".log", os.O_APPEND)
     try:
         if os.fstat(log).st_size > LOG_LIMIT_BYTES:
             os.ftruncate(log, 0)
-        os.lseek(log, 0, os.SEEK_END)
         os.write(log, json.dumps(record).encode() + b"\n")
     finally:
         os.close(log)

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,29 +15,37 @@ from jetway.tasks.tracking.tracker import Tracker
 pytestmark = pytest.mark.team
 
 JOB = """
-import os, sys, time
+import sys, time
 from jetway.tasks.on_device import lease
-name, folder, without, began_s = sys.argv[1:]
+name, folder, without = sys.argv[1:]
 if without == "lease":
     lease._acquire = lambda path, *_: lease._open_shared(path)
-while time.time() < float(began_s):
-    time.sleep(0.01)
+print("ready", flush=True)
+sys.stdin.readline()
 with lease.held("cpu", name, 0 if without == "queue" else 30, lambda seconds, holder: time.sleep(seconds), folder):
-    time.sleep(0.3)
+    time.sleep(0.5)
 """
 
 
 def run_jobs(folder: Path, without: str) -> list[int]:
     """Exit codes of four jobs that want one accelerator at the same moment."""
-    began_s = str(time.time() + 1)
     jobs = [
         subprocess.Popen(
-            [sys.executable, "-c", JOB, f"job-{number}", str(folder), without, began_s],
+            [sys.executable, "-c", JOB, f"job-{number}", str(folder), without],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
         for number in range(4)
     ]
-    return [job.wait(timeout=60) for job in jobs]
+    assert all(job.stdout and job.stdout.readline() == b"ready\n" for job in jobs)
+    for job in jobs:
+        assert job.stdin
+        job.stdin.write(b"go\n")
+        job.stdin.flush()
+    for job in jobs:
+        job.communicate(timeout=60)
+    return [job.returncode for job in jobs]
 
 
 @pytest.mark.parametrize("without", ["nothing", "lease", "queue"])

@@ -164,6 +164,19 @@ def test_the_log_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.Monk
     assert Path(lease.lease_path("gpu", str(tmp_path)) + ".log").stat().st_size < 1300
 
 
+def test_lines_written_at_the_same_moment_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write = lease.lease_path("gpu", str(tmp_path)), os.write
+
+    def after_another(log: int, line: bytes) -> int:
+        monkeypatch.setattr(os, "write", write)
+        lease._log(path, "acquire", "another")
+        return write(log, line)
+
+    monkeypatch.setattr(os, "write", after_another)
+    lease._log(path, "acquire", "job")
+    assert [record["job"] for record in log_of(tmp_path)] == ["another", "job"]
+
+
 def test_the_machine_wide_folder_is_open_to_all() -> None:
     folder = lease.directory()
     assert stat.S_IMODE(os.stat(folder).st_mode) == 0o1777
