@@ -164,7 +164,9 @@ def test_the_log_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.Monk
     assert Path(lease.lease_path("gpu", str(tmp_path)) + ".log").stat().st_size < 1300
 
 
-def test_lines_written_at_the_same_moment_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_written_at_the_same_moment_are_all_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, write = lease.lease_path("gpu", str(tmp_path)), os.write
 
     def after_another(log: int, line: bytes) -> int:
