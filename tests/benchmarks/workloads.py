@@ -13,15 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import onnx
+from onnx import TensorProto
 from scipy.stats import t as student
 
 from jetway.tasks.store import jetway_home
@@ -48,6 +53,8 @@ LONGER = {
     # 0.4, as shipped, costs 1.3 points of map then
     "bev_fusion": ("train.epochs=12", "finetune.epochs=20", "prune.pruning_ratio=0.25"),
 }
+#: The variant whose layers in float are told.
+MIXED = "pruned-int8-qat"
 #: Exit codes of runs whose figures count: a missed or undecided gate is shown in its column.
 MEASURED = (0, 1, 5)
 #: Runs side by side wait for the target in turns.
@@ -82,15 +89,19 @@ def run(recipe: str, seed: int, length: str, folder: Path, again: str = "") -> N
     path = folder / f"{recipe}-{length}-{seed}{again}.json"
     if path.exists():
         return
-    home = folder / "homes" / f"{recipe}-{length}-{seed}"
+    home = home_of(recipe, seed, length, folder)
     home.mkdir(parents=True, exist_ok=True)
     overrides = (f"seed={seed}", *(LONGER[recipe] if length == "longer" else ()))
     settings = [word for value in overrides for word in ("--set", value)]
     done = jetway(home, "run", recipe, *settings, "--busy-timeout-s", str(BUSY_TIMEOUT_S), "--json")
     jetway(home, "stop")
-    if done.returncode not in MEASURED:
+    if done.returncode not in MEASURED or json.loads(done.stdout)["status"] != "FINISHED":
         raise RuntimeError(f"jetway run {recipe} with seed {seed} ended with exit code {done.returncode}")
     path.write_text(done.stdout)
+
+
+def home_of(recipe: str, seed: int, length: str, folder: Path) -> Path:
+    return folder / "homes" / f"{recipe}-{length}-{seed}"
 
 
 def jetway(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -100,12 +111,35 @@ def jetway(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def report(recipe: str, seeds: Sequence[int], length: str, folder: Path) -> str:
-    """Where it ran, and the table; speed is of the first seed measured alone, where there is one."""
+    """Where it ran, the table, and what stays in float; speed is of the first seed measured alone, if it was."""
     runs = [read(folder / f"{recipe}-{length}-{seed}.json") for seed in seeds]
     title = where(runs[0])
     alone = folder / f"{recipe}-{length}-0-alone.json"
     runs[0] = read(alone) if alone.exists() else runs[0]
-    return "\n".join([title, "", *table(recipe, runs)])
+    artifacts = home_of(recipe, seeds[0], length, folder) / "mlartifacts" / runs[0]["run_id"] / "artifacts"
+    return "\n".join([title, "", *table(recipe, runs), "", *in_float(artifacts)])
+
+
+def in_float(artifacts: Path) -> list[str]:
+    """The share of weights in integers, and how many layers are not, by reason; figures in reasons are left out."""
+    path = f"{MIXED}/lower.onnx"
+    model = json.loads((artifacts / "files.json").read_text())[path]
+    islands = Counter(
+        re.sub(r"[\d.]+ us", "… us", island["reason"]) for island in model["metadata"]["float_islands"]
+    )
+    title = f"{MIXED}: {int8_weights_ratio(artifacts / path):.1%} of the weights in INT8; layers in float:"
+    return [title, *(f"- {count}: {reason}" for reason, count in islands.most_common())]
+
+
+def int8_weights_ratio(path: Path) -> float:
+    """Elements of integer weights among those of all weights; vectors such as biases and scales are none."""
+    weights = [tensor for tensor in onnx.load(path).graph.initializer if len(tensor.dims) > 1]
+    integer = [tensor for tensor in weights if tensor.data_type in (TensorProto.INT8, TensorProto.UINT8)]
+    return elements(integer) / elements(weights)
+
+
+def elements(tensors: Sequence[TensorProto]) -> int:
+    return sum(math.prod(map(int, tensor.dims)) for tensor in tensors)
 
 
 def read(path: Path) -> Run:
