@@ -40,7 +40,7 @@ class Machine:
 
     name: str
     tensorrt: str
-    #: The Python that comes with it; the tests' own stands in where pyenv has none such.
+    #: The Python that comes with it; the one below the tests' own stands in where pyenv has none such.
     python: str
     operating_system: str
     cpu: tuple[str, str]
@@ -203,8 +203,8 @@ def compile_nvml(folder: Path) -> None:
 
 
 def interpreter(version: str) -> str:
-    """pyenv's Python of that version, or the tests' own."""
+    """pyenv's Python of that version, or the one below the tests' virtual environment: ONNX Runtime is in neither."""
     if version == f"{sys.version_info[0]}.{sys.version_info[1]}":
         return sys.executable
     found = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
-    return str(found[-1]) if found else sys.executable
+    return str(found[-1] if found else Path(sys.executable).resolve())
