@@ -61,6 +61,10 @@ _LAYERS = (
     nn.Linear,
 )
 _FROM_HISTOGRAMS = (CalibrationMethod.ENTROPY, CalibrationMethod.PERCENTILE, CalibrationMethod.MSE)
+_WHERE_TO_LOOK = {
+    "input": " on the calibration data. Look for NaN or infinity in calibration_data(), then at the layers before it.",
+    "weight": ". Look at the loss of the training that gave it, and train again.",
+}
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -85,9 +89,9 @@ def quantize_network(
 ) -> nn.Module:
     """Quantizes ``network`` in place, calibrated on the workload's calibration data; returns it in eval mode.
 
-    A layer that no calibration sample reaches, or whose input is always zero there, stays in float.
-    Raises ConfigError when a ``keep_float`` pattern matches no module, QuantizationError when there are no
-    calibration data, nothing to quantize, or a range that is not finite.
+    A layer that no calibration sample reaches, or whose input is always zero there, or at the percentile that is
+    asked for, stays in float. Raises ConfigError when a ``keep_float`` pattern matches no module,
+    QuantizationError when there are no calibration data, nothing to quantize, or a range that is not finite.
     """
     kept = matching_modules(network, section.keep_float, key="qat.keep_float")
     layers = [name for name in quantizable_layers(network) if not _is_within(name, kept)]
@@ -100,9 +104,9 @@ def quantize_network(
     if section.calibration is CalibrationMethod.SMOOTHQUANT:
         _smooth(network, workload, section, device)
     _insert_quantizers(network)
-    quantizers = _enable(network, layers, histogram=section.calibration in _FROM_HISTOGRAMS)
+    _enable(network, layers, histogram=section.calibration in _FROM_HISTOGRAMS)
     network.to(device)
-    _collect(network, quantizers, _calibration_inputs(workload, section, device), workload)
+    _collect(network, _calibration_inputs(workload, section, device), workload)
     _set_ranges(network, layers, section)
     return network.to("cpu")
 
@@ -205,17 +209,22 @@ def _quantizers(network: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in network.named_modules() if isinstance(module, kind))
 
 
-def _enable(network: nn.Module, layers: list[str], *, histogram: bool) -> dict[str, Any]:
-    """Turns on the weight and the input quantizer of each layer; returns the input quantizers by layer."""
+def _enable(network: nn.Module, layers: list[str], *, histogram: bool) -> None:
+    """Turns on the weight and the input quantizer of each layer."""
     for name in layers:
         layer = network.get_submodule(name)
         _configure(layer.get_submodule("weight_quantizer"), axis=_channel_axis(layer), calibrator="max")
-        calibrator = "histogram" if histogram else "max"
+        calibrator = _histogram_calibrator() if histogram else "max"
         _configure(layer.get_submodule("input_quantizer"), axis=None, calibrator=calibrator)
-    return {name: network.get_submodule(f"{name}.input_quantizer") for name in layers}
 
 
-def _configure(quantizer: Any, *, axis: int | None, calibrator: str) -> None:
+def _histogram_calibrator() -> Any:
+    """Our calibrator, imported on first use because it derives from ModelOpt's."""
+    _modelopt()
+    return importlib.import_module("jetway.tasks.histogram").BoundedHistogramCalibrator
+
+
+def _configure(quantizer: Any, *, axis: int | None, calibrator: Any) -> None:
     quantizer.set_from_attribute_config(
         {"num_bits": NUM_BITS, "axis": axis, "enable": True, "calibrator": calibrator}
     )
@@ -232,13 +241,11 @@ def _calibration_inputs(workload: Workload, section: CalibrationSection, device:
         yield {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _collect(
-    network: nn.Module, quantizers: dict[str, Any], inputs: Iterator[Inputs], workload: Workload
-) -> None:
-    """Runs the float network over the inputs while the input quantizers watch."""
-    weights = [q for name, q in _quantizers(network) if name.endswith("weight_quantizer") and q.is_enabled]
-    watching = [*quantizers.values(), *weights]
-    hooks = [q.register_forward_pre_hook(_finite_input_of(layer)) for layer, q in quantizers.items()]
+def _collect(network: nn.Module, inputs: Iterator[Inputs], workload: Workload) -> None:
+    """Runs the float network over the inputs while the quantizers watch."""
+    named = {name: q for name, q in _quantizers(network) if q.is_enabled}
+    watching = list(named.values())
+    hooks = [q.register_forward_pre_hook(_finite_tensor_of(name)) for name, q in named.items()]
     for quantizer in watching:
         quantizer.disable_quant()
         quantizer.enable_calib()
@@ -260,13 +267,13 @@ def _smooth(network: nn.Module, workload: Workload, section: CalibrationSection,
     logger.info("smoothquant: %d linear layers smoothed: %s", len(smoothed), ", ".join(smoothed))
 
 
-def _finite_input_of(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _finite_tensor_of(quantizer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    layer, _, kind = quantizer.rpartition(".")
+    tensor = kind.removesuffix("_quantizer")
+
     def check(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         if not bool(torch.isfinite(arguments[0]).all()):
-            raise QuantizationError(
-                f"The input of {layer!r} is not finite on the calibration data. Look for NaN or infinity in "
-                "calibration_data(), then at the layers before it."
-            )
+            raise QuantizationError(f"The {tensor} of {layer!r} is not finite{_WHERE_TO_LOOK[tensor]}")
 
     return check
 
@@ -277,7 +284,7 @@ def _set_ranges(network: nn.Module, layers: list[str], section: CalibrationSecti
         weight: Any = network.get_submodule(f"{name}.weight_quantizer")
         amax = _range_of(inputs, name, section)
         if amax is None or float(amax) == 0.0:
-            why = "it is not used" if amax is None else "its input is always 0"
+            why = _why_float(amax, inputs._calibrator)
             logger.warning("%s stays in float: %s in the calibration data", name, why)
             inputs.disable()
             weight.disable()
@@ -286,16 +293,22 @@ def _set_ranges(network: nn.Module, layers: list[str], section: CalibrationSecti
             weight.load_calib_amax()
 
 
+def _why_float(amax: Tensor | None, calibrator: Any) -> str:
+    if amax is None:
+        return "it is not used"
+    counted = getattr(calibrator, "_calib_hist", None)
+    return "its input is always 0" if counted is None else "the percentile of its input is 0"
+
+
 def _range_of(quantizer: Any, layer: str, section: CalibrationSection) -> Tensor | None:
     """The largest magnitude that the layer's input shall represent, or None when it was never called."""
     arguments: dict[CalibrationMethod, dict[str, Any]] = {
         CalibrationMethod.MAX: {},
         CalibrationMethod.ENTROPY: {"method": "entropy", "stride": _ENTROPY_STRIDE},
         CalibrationMethod.PERCENTILE: {"method": "percentile", "percentile": section.percentile},
+        CalibrationMethod.MSE: {"method": "mse", "stride": _MSE_STRIDE},
         CalibrationMethod.SMOOTHQUANT: {},
     }
-    if section.calibration is CalibrationMethod.MSE:
-        return _least_error_range(quantizer._calibrator)
     try:
         amax: Tensor | None = quantizer._calibrator.compute_amax(**arguments[section.calibration])
     except (RuntimeError, ValueError, IndexError) as exc:
@@ -303,22 +316,6 @@ def _range_of(quantizer: Any, layer: str, section: CalibrationSection) -> Tensor
             f"{section.calibration} calibration of {layer!r} failed: {exc}. Set qat.calibration: max."
         ) from exc
     return amax
-
-
-def _least_error_range(calibrator: Any) -> Tensor | None:
-    """The range of the least squared error over a histogram of magnitudes; values above it are clipped.
-
-    Searched here: ModelOpt 0.47 was seen to return the smallest candidate whatever the histogram.
-    """
-    if calibrator._calib_hist is None:
-        return None
-    counts = torch.as_tensor(calibrator._calib_hist, dtype=torch.float64).cpu()
-    edges = torch.as_tensor(calibrator._calib_bin_edges, dtype=torch.float64).cpu()
-    values, most = (edges[:-1] + edges[1:]) / 2, 2 ** (NUM_BITS - 1) - 1
-    candidates = edges[1:].flip(0)[::_MSE_STRIDE]
-    steps = (candidates / most).clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    errors = ((values / steps).round().clamp(max=most) * steps - values).square() @ counts
-    return candidates[errors.argmin()].float()
 
 
 def _restore_quantizers(network: nn.Module, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
