@@ -9,6 +9,7 @@ bf16 model is run in float32 with every result rounded to bfloat16.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
@@ -38,7 +39,7 @@ CPU = BACKENDS["ort-cpu"]
 class Limits:
     """``atol`` is a fraction of the output's largest magnitude, ``rtol`` of each value.
 
-    ``outliers`` is the share of an output's values that may be further off.
+    ``outliers`` is the share of an output's values that may be further off, one at least unless it is 0.
     """
 
     atol: float
@@ -147,7 +148,7 @@ def _rms_error_ratio(error: Array, reference: Array) -> float:
 
 
 def _worst_that_counts(excess: Array, outliers: float) -> tuple[np.intp, ...]:
-    passed_over = 0 if np.isinf(excess).any() else int(outliers * excess.size)
+    passed_over = 0 if np.isinf(excess).any() else math.ceil(outliers * excess.size)
     rank = excess.size - 1 - passed_over
     return np.unravel_index(np.argpartition(excess, rank, axis=None)[rank], excess.shape)
 

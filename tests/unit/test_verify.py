@@ -173,6 +173,14 @@ def test_compare_outputs_passes_over_a_share_of_outliers_unless_they_are_not_fin
     assert compare_outputs("y", expected, actual, limits, with_argmax=False).excess == np.inf
 
 
+def test_one_value_of_few_may_be_an_outlier_where_any_may():
+    expected, actual = np.ones((1, 10)), np.ones((1, 10))
+    actual[0, :2] = 9.0, 1.05
+    few, none = Limits(0.1, 0.0, None, outliers=0.001), Limits(0.1, 0.0, None)
+    assert compare_outputs("y", expected, actual, few, with_argmax=False).excess == pytest.approx(0.5)
+    assert compare_outputs("y", expected, actual, none, with_argmax=False).excess == pytest.approx(80.0)
+
+
 def test_compare_outputs_tells_the_error_of_all_values_against_how_much_they_vary():
     assert compare([[0.0, 2.0, 0.0, 2.0]], [[0.5, 2.5, 0.5, 1.5]]).rms_error_ratio == pytest.approx(0.5)
     assert compare([[0.0, 2.0]], [[0.0, 2.0]]).rms_error_ratio == 0
