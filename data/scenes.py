@@ -38,12 +38,21 @@ MEAN, DEVIATION = 128.0, 64.0
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """What scenes look like: ``size`` in pixels, ``digit_sizes`` the least and largest digit height as a share."""
+    """What scenes look like: ``size`` in pixels, ``digit_sizes`` the least and largest digit height as a share.
+
+    Each scene's exposure is between ``min_exposure_ratio`` and 1, as often in each half of that range in stops; at
+    1, the default, all are taken by day.
+    """
 
     size: int = 96
     digit_sizes: tuple[float, float] = (0.16, 0.46)
     strokes: int = 6
     seed: int = 0
+    min_exposure_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_exposure_ratio <= 1:
+            raise ValueError(f"min_exposure_ratio is {self.min_exposure_ratio}, but goes from above 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ def render_scene(split: Split, config: SceneConfig, index: int) -> Scene:
     mask = np.zeros((config.size, config.size), dtype=np.uint8)
     placed = _draw_digits(generator, canvas, mask, split, config)
     return Scene(
-        image=_photographed(generator, canvas),
+        image=_photographed(generator, canvas, config.min_exposure_ratio),
         mask=mask,
         boxes=np.array([box for box, _ in placed], dtype=np.float32).reshape(-1, 4),
         labels=np.array([label for _, label in placed], dtype=np.int64),
@@ -280,12 +289,13 @@ def _paint(generator: np.random.Generator, canvas: Floats, opacity: NDArray[np.f
     canvas += (opacity * (colour[:, None, None] - canvas)).astype(np.float32)
 
 
-def _photographed(generator: np.random.Generator, canvas: Floats) -> Bytes:
-    """The canvas under uneven light, with noise."""
+def _photographed(generator: np.random.Generator, canvas: Floats, min_exposure_ratio: float) -> Bytes:
+    """The canvas under uneven light, with noise, exposed for less than it needs."""
     size = canvas.shape[-1]
     light = _scaled(generator.uniform(0.75, 1.2, (1, 2, 2)).astype(np.float32), size, size)
     noise = generator.standard_normal(canvas.shape, dtype=np.float32) * generator.uniform(0.01, 0.05)
-    return np.asarray(np.clip((canvas * light + noise) * 255, 0, 255), dtype=np.uint8)
+    exposure = np.float32(min_exposure_ratio ** generator.random())
+    return np.asarray(np.clip((canvas * light + noise) * exposure * 255, 0, 255), dtype=np.uint8)
 
 
 def _scaled(images: Floats, height: int, width: int) -> Floats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -19,7 +20,8 @@ class SceneWorkload(Workload):
     """``scenes`` are the numbers of training, calibration and evaluation scenes.
 
     ``augmentation`` is the strength from 0 to 1 of what training scenes are shown with, other windows and lights, and
-    ``qat_augmentation`` that in QAT, where it is weaker: by default 0.3 of it.
+    ``qat_augmentation`` that in QAT, where it is weaker: by default 0.3 of it. Below 1 ``min_exposure_ratio`` makes
+    scenes of all splits dark, down to that share of the light; ranges of activations are harder to choose then.
     """
 
     #: At strength 1.
@@ -31,8 +33,9 @@ class SceneWorkload(Workload):
         scenes: tuple[int, int, int] = (2400, 256, 500),
         augmentation: float = 0.0,
         qat_augmentation: float | None = None,
+        min_exposure_ratio: float = 1.0,
     ) -> None:
-        self.scene_config = config
+        self.scene_config = replace(config, min_exposure_ratio=min_exposure_ratio)
         self.counts: dict[Split, int] = dict(zip(("train", "calibration", "evaluation"), scenes, strict=True))
         self.augmentation = augmentation
         self.qat_augmentation = QAT_SHARE * augmentation if qat_augmentation is None else qat_augmentation

@@ -35,6 +35,16 @@ def test_a_scene_is_a_function_of_seed_split_and_index():
     assert not any(same(scene, render_scene(*other)) for other in others)
 
 
+def test_scenes_in_low_light_differ_in_exposure_alone():
+    dark = SceneConfig(size=64, min_exposure_ratio=0.1)
+    pairs = [(render_scene("train", CONFIG, index), render_scene("train", dark, index)) for index in range(40)]
+    ratios = [float(low.image.mean() / day.image.mean()) for day, low in pairs]
+    assert all(0.09 < ratio < 1.01 for ratio in ratios)
+    assert sum(ratio < 0.1**0.5 for ratio in ratios) == pytest.approx(20, abs=8)
+    assert all(np.array_equal(day.mask, low.mask) for day, low in pairs)
+    assert all(np.corrcoef(day.image.ravel(), low.image.ravel())[0, 1] > 0.9 for day, low in pairs)
+
+
 def test_splits_never_show_the_same_digit(monkeypatch):
     used = {split: set() for split in ("train", "calibration", "evaluation")}
     images, _, _ = scenes_module._all_digits()
@@ -182,4 +192,20 @@ def test_scenes_are_augmented_in_training_when_asked_and_less_in_qat(workload):
 def test_qat_is_never_augmented_more_than_training(options):
     config = WorkloadConfig(class_path="jetway.tasks.workloads.detector:SceneDetector", options=options)
     with pytest.raises(ConfigError, match="from 0 to 1, and QAT's is the weaker one"):
+        load_workload(config)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
+def test_all_splits_are_as_dark_as_asked(workload):
+    day, dark = workload(), workload(min_exposure_ratio=0.05)
+    for data in ("train_data", "calibration_data", "evaluation_data"):
+        assert images(getattr(dark, data)()).mean() < images(getattr(day, data)()).mean() - 0.2
+
+
+@pytest.mark.parametrize("ratio", [0, -0.5, 1.5])
+def test_an_exposure_that_cannot_be_is_refused(ratio):
+    config = WorkloadConfig(
+        class_path="jetway.tasks.workloads.detector:SceneDetector", options={"min_exposure_ratio": ratio}
+    )
+    with pytest.raises(ConfigError, match="min_exposure_ratio is .*, but goes from above 0 to 1"):
         load_workload(config)
