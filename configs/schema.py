@@ -324,9 +324,9 @@ class VerifyConfig(StageSection):
         default=1e-3,
         ge=0,
         lt=1,
-        description="Share of an output's values that may be further off in int8 variants, one value at least unless it "
-        "is 0: where a sum lies between two steps, PyTorch and an engine may round it apart, and what is computed of "
-        "it differs by that step.",
+        description="Share of an output's values that may be further off in int8 variants, one value at least unless "
+        "it is 0: where a sum lies between two steps, PyTorch and an engine may round it apart, and what is computed "
+        "of it differs by that step.",
     )
     argmax_agreement: Annotated[float, Field(ge=0, le=1)] | None = Field(
         default=None,

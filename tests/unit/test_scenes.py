@@ -37,7 +37,9 @@ def test_a_scene_is_a_function_of_seed_split_and_index():
 
 def test_scenes_in_low_light_differ_in_exposure_alone():
     dark = SceneConfig(size=64, min_exposure_ratio=0.1)
-    pairs = [(render_scene("train", CONFIG, index), render_scene("train", dark, index)) for index in range(40)]
+    pairs = [
+        (render_scene("train", CONFIG, index), render_scene("train", dark, index)) for index in range(40)
+    ]
     ratios = [float(low.image.mean() / day.image.mean()) for day, low in pairs]
     assert all(0.09 < ratio < 1.01 for ratio in ratios)
     assert sum(ratio < 0.1**0.5 for ratio in ratios) == pytest.approx(20, abs=8)
@@ -207,5 +209,5 @@ def test_an_exposure_that_cannot_be_is_refused(ratio):
     config = WorkloadConfig(
         class_path="jetway.tasks.workloads.detector:SceneDetector", options={"min_exposure_ratio": ratio}
     )
-    with pytest.raises(ConfigError, match="min_exposure_ratio is .*, but goes from above 0 to 1"):
+    with pytest.raises(ConfigError, match=r"min_exposure_ratio is .+ but goes from above 0 to 1"):
         load_workload(config)
