@@ -39,7 +39,8 @@ CPU = BACKENDS["ort-cpu"]
 class Limits:
     """``atol`` is a fraction of the output's largest magnitude, ``rtol`` of each value.
 
-    ``outliers`` is the share of an output's values that may be further off, one at least unless it is 0.
+    ``outliers`` is the share of an output's values that may be further off: one at least unless it is 0, never
+    all of them.
     """
 
     atol: float
@@ -149,7 +150,7 @@ def _rms_error_ratio(error: Array, reference: Array) -> float:
 
 def _worst_that_counts(excess: Array, outliers: float) -> tuple[np.intp, ...]:
     passed_over = 0 if np.isinf(excess).any() else math.ceil(outliers * excess.size)
-    rank = excess.size - 1 - passed_over
+    rank = max(0, excess.size - 1 - passed_over)
     return np.unravel_index(np.argpartition(excess, rank, axis=None)[rank], excess.shape)
 
 

@@ -181,6 +181,14 @@ def test_one_value_of_few_may_be_an_outlier_where_any_may():
     assert compare_outputs("y", expected, actual, none, with_argmax=False).excess == pytest.approx(80.0)
 
 
+@pytest.mark.parametrize(("size", "outliers"), [(1, 0.001), (2, 0.001), (10, 0.95)])
+def test_outliers_are_never_all_of_an_output(size, outliers):
+    limits = Limits(0.1, 0.0, None, outliers=outliers)
+    off = np.linspace(1.5, 9.0, size)
+    found = compare_outputs("y", np.ones(size), off, limits, with_argmax=False)
+    assert found.excess == pytest.approx(5.0), "the least of them counts"
+
+
 def test_compare_outputs_tells_the_error_of_all_values_against_how_much_they_vary():
     assert compare([[0.0, 2.0, 0.0, 2.0]], [[0.5, 2.5, 0.5, 1.5]]).rms_error_ratio == pytest.approx(0.5)
     assert compare([[0.0, 2.0]], [[0.0, 2.0]]).rms_error_ratio == 0
